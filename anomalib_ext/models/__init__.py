@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models, each imported on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .continual_patchcore import ContinualPatchCore
+
+_FOLDERS = {"ContinualPatchCore": "continual_patchcore"}
+
+__all__ = ["ContinualPatchCore"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import the model class ``name`` from its folder."""
+    if name not in _FOLDERS:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module(f".{_FOLDERS[name]}", __name__), name)
