@@ -99,6 +99,10 @@ FOREIGN = {
 
             test_step = validation_step
     """,
+    "app.py": """
+        from anomalib.engine import Engine
+        from anomalib.models import ForeignModel
+    """,
     "registered.py": """
         import sys
         from importlib.machinery import ModuleSpec
@@ -170,6 +174,7 @@ FIRST_IMPORTS = [
     "from anomalib.engine.engine import Engine; import sys; sys.modules['anomalib.models'].ForeignModel",
     "from foreign.models import ForeignModel; import sys; sys.modules['anomalib.models'].ForeignModel",
     "import foreign.models.lightning_model; import sys; sys.modules['anomalib.models'].ForeignModel",
+    "import app",
     "import torch",
     "import anomalib",
     "import anomalib_ext",
@@ -181,7 +186,7 @@ FIRST_IMPORTS = [
 def test_whatever_is_imported_first(stand_ins: Path, first: str) -> None:
     """The model is registered once, silently, whether torch's autoload or this package's import does it."""
     run(stand_ins, "-W", "error", "-c", f"{first}\nfrom registered import check; check()")
-    if "ForeignModel" not in first and "len" not in first:
+    if not re.search(r"ForeignModel|len|app", first):  # those need the model at once
         late = f"{first}\nimport anomalib_ext\nfrom registered import check; check()"
         run(stand_ins, "-W", "error", "-c", late, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     early = f"import anomalib_ext\n{first}\nfrom registered import check; check()"
@@ -219,7 +224,7 @@ def test_reload_repetition_and_failed_imports(stand_ins: Path) -> None:
 def test_threads(stand_ins: Path) -> None:
     """Threads that import at once all find the model."""
     # Not `foreign` or a submodule: Python itself lets threads that import such circles see half a module.
-    firsts = [first for first in FIRST_IMPORTS if not re.search(r"foreign|engine|util|models\.[ci]", first)]
+    firsts = [first for first in FIRST_IMPORTS if not re.search(r"app|foreign|engine|util|models\.[ci]", first)]
     write(stand_ins, {"anomalib/engine/engine.py": "class Engine: pass"})
     code = f"""
     import sys, threading
@@ -240,8 +245,34 @@ def test_threads(stand_ins: Path) -> None:
     check()
     """
     assert len(firsts) == 7
-    for _ in range(10):
+    for _ in range(3):
         run(stand_ins, "-W", "error", "-c", dedent(code))
+
+
+@pytest.mark.parametrize("first", ["import anomalib.models", "import torch, anomalib.models"])
+def test_a_thread_waits_while_another_registers(stand_ins: Path, first: str) -> None:
+    """The import of the models has not ended, for any thread, until they are registered."""
+    code = f"""
+    import sys, threading, time
+
+    def register():
+        {first}
+
+    thread = threading.Thread(target=register)
+    thread.start()
+    while "foreign" not in sys.modules:
+        time.sleep(0.001)
+    from anomalib.models import ForeignModel
+    thread.join()
+    """
+    write(
+        stand_ins,
+        {
+            "foreign/__init__.py": "import time; time.sleep(0.2)",
+            "anomalib/engine/engine.py": "class Engine: pass",
+        },
+    )
+    run(stand_ins, "-W", "error", "-c", dedent(code))
 
 
 BROKEN = {
@@ -255,6 +286,11 @@ BROKEN = {
     "indirect": (
         "Indirect = indirect:Indirect",
         "from anomalib.models import Padim\nclass Indirect(Padim): pass",
+        "derived directly",
+    ),
+    "alias": (
+        "Alias = alias:Alias",
+        "from anomalib.models import AnomalibModule\nclass Other(AnomalibModule): pass\nAlias = Other",
         "derived directly",
     ),
     "other-name": ("OtherName = other_name:Other", "", "named as its class"),
