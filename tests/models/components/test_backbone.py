@@ -2,6 +2,7 @@
 """Tests of the feature extractor, with timm's tiny ``test_*`` models in the place of large ones."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -323,7 +324,8 @@ def test_environment_variables_are_respected(tmp_path: Path) -> None:
         "try: load_backbone('test_vit', ['blocks.1'])\n"
         "except FileNotFoundError as error: print(error)\n"
     )
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)  # ruff: ignore[subprocess-without-shell-equals-true]
     assert f"come from the Hugging Face cache ({path})" in done.stderr
     assert f"cache {tmp_path / 'home' / 'hub'} nor" in done.stdout
