@@ -147,7 +147,6 @@ def declare(folder: Path, distribution: str, group: str, entry: str) -> None:
 def run(folder: Path, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run Python where the packages in ``folder`` are installed; whatever fails there fails the test."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)]), "COLUMNS": "500", **environ}
-    # ruff: ignore[subprocess-without-shell-equals-true]
     done = subprocess.run([sys.executable, *args], env=env, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done

@@ -2,7 +2,7 @@
 """The models, each imported on first use."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .continual_patchcore import ContinualPatchCore
@@ -12,7 +12,7 @@ _FOLDERS = {"ContinualPatchCore": "continual_patchcore"}
 __all__ = ["ContinualPatchCore"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> object:
     """Import the model class ``name`` from its folder."""
     if name not in _FOLDERS:
         msg = f"module {__name__!r} has no attribute {name!r}"

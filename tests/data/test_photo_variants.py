@@ -91,7 +91,7 @@ def test_images_differ(root: Path) -> None:
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_training_and_test_images_share_no_part_of_the_photograph(category: str) -> None:
     """The parts are disjoint, and each is large enough for an image at any angle."""
-    train, test = photo_variants._photo_parts(category)  # ruff: ignore[private-member-access]
+    train, test = photo_variants._photo_parts(category)
     assert not np.shares_memory(train, test)
     assert min(*train.shape[:2], *test.shape[:2]) > photo_variants.CROP * 1.1
     assert train.shape[0] == test.shape[0] or train.shape[1] == test.shape[1]
@@ -102,10 +102,10 @@ def test_training_and_test_images_share_no_part_of_the_photograph(category: str)
 def test_masks_are_exact(category: str, kind: str) -> None:
     """A defect changes nothing outside its mask, nearly everything within, and is small."""
     rng = np.random.default_rng(1)
-    _, part = photo_variants._photo_parts(category)  # ruff: ignore[private-member-access]
+    _, part = photo_variants._photo_parts(category)
     for _ in range(3):
-        good = photo_variants._good_image(part, rng)  # ruff: ignore[private-member-access]
-        damaged, mask = photo_variants._damage(good, kind, rng)  # ruff: ignore[private-member-access]
+        good = photo_variants._good_image(part, rng)
+        damaged, mask = photo_variants._damage(good, kind, rng)
         changed = (damaged != good).any(axis=2)
         assert not changed[~mask].any()
         assert changed[mask].mean() > 0.8
@@ -135,7 +135,7 @@ def test_default_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_an_interruption_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An interrupted preparation is as if it had not begun."""
-    save, saved = photo_variants._save, []  # ruff: ignore[private-member-access]
+    save, saved = photo_variants._save, []
 
     def interrupted(image: np.ndarray, path: Path) -> None:
         if len(saved) == 3:

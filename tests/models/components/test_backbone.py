@@ -326,7 +326,7 @@ def test_environment_variables_are_respected(tmp_path: Path) -> None:
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)  # ruff: ignore[subprocess-without-shell-equals-true]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert f"come from the Hugging Face cache ({path})" in done.stderr
     assert f"cache {tmp_path / 'home' / 'hub'} nor" in done.stdout
 

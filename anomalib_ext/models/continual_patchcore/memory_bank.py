@@ -1,0 +1,761 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory bank that learns by incremental k-center selection within a fixed budget.
+
+NumPy and faiss only, so that a training PC and an edge PC without torch run the same code. The selection is
+Gonzalez' farthest-first traversal (1985); the incremental rule around it is ours:
+
+* A variant (product) keeps its vectors in order of insertion radius, the distance at which farthest-first picked
+  them. A prefix of a farthest-first order is the farthest-first order of that size, so making room is cutting tails.
+* The budget is divided by equal scaled radius: one threshold on radius / scale of the variant cuts all variants.
+* Patches stream through a pool of bounded size. A patch within the resolution of the pool is known and only counted;
+  the pool is thinned by farthest-first to a quarter when it is full, which coarsens the resolution.
+* Seniors, vectors whose radius is at least twice the resolution, keep their seat in every later selection, and
+  whatever is dropped is charged to its nearest senior. `covers` records the largest distance charged to a vector.
+  Chains of charges stay short that way, and their largest value certifies the coverage of all that was ever learned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+SCHEMA_VERSION = 1
+# Farthest-first works on this many points with the largest stale distances at a time; 256 and 1024 were slower.
+BLOCK_SIZE = 512
+# The scale of a variant is the mean insertion radius of its first picks, as many as even a small bank keeps.
+SCALE_PICKS = 100
+SENIORITY = 2.0
+# The pool that vectors are chosen from holds twice the budget and this many more patches.
+POOL_EXTRA = 8192
+# Calibration keeps the patches of an image that score highest, so that its score can be renewed when vectors go.
+CALIBRATION_PATCHES = 8
+CALIBRATION_IMAGES = 32  # of each label
+REMEMBERED_IMAGES = 65_536
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What remains of the images that set a variant's thresholds.
+
+    Attributes:
+        patches: Highest scoring patches of each image, shape `(n, CALIBRATION_PATCHES, d)`.
+        labels: Whether each image is anomalous, shape `(n,)`.
+        scores: Image score of each when it was taken, shape `(n,)`.
+        pixel: Pixel threshold, minimum and maximum of the anomaly maps at that time; NaN where unknown.
+    """
+
+    patches: Array
+    labels: NDArray[np.bool_]
+    scores: Array
+    pixel: tuple[float, float, float] = (np.nan, np.nan, np.nan)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The part of the bank that belongs to one product variant, in order of falling insertion radius.
+
+    Attributes:
+        vectors: Patch embeddings, shape `(n, d)`, float32 or float16.
+        radii: Insertion radius of each vector, shape `(n,)`; the first is infinite.
+        covers: Largest distance from each vector to a learned patch that it stands for, shape `(n,)`.
+        scale: Mean insertion radius of the first picks, the unit in which the budget is divided.
+        resolution: Distance up to which a patch counts as known; 0 until the first vector was dropped.
+        images: Number of images learned.
+        calibration: Images that set the thresholds, if there were any.
+    """
+
+    vectors: Array
+    radii: Array
+    covers: Array
+    scale: float
+    resolution: float
+    images: int
+    calibration: Calibration | None = None
+
+
+@dataclass
+class Report:
+    """What one update did.
+
+    Attributes:
+        variants: Images learned by variant.
+        known_images: Images left out because they had been learned before.
+        added: Vectors added by variant.
+        removed: Vectors removed by variant.
+        radius_bound: Every patch ever learned lies within this distance of some vector.
+        num_vectors: Vectors in the bank.
+        nbytes: Bytes of the bank and its calibration.
+        seconds: Time spent on selection.
+    """
+
+    variants: Counter[str] = field(default_factory=Counter)
+    known_images: int = 0
+    added: Counter[str] = field(default_factory=Counter)
+    removed: Counter[str] = field(default_factory=Counter)
+    radius_bound: float = 0.0
+    num_vectors: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        learned = ", ".join(f"{name}: {images} images" for name, images in self.variants.items()) or "nothing new"
+        removed = ", ".join(f"{count} of {name}" for name, count in self.removed.items()) or "none"
+        return (
+            f"learned {learned} ({self.known_images} known already); vectors added {sum(self.added.values())}, "
+            f"removed {removed}, now {self.num_vectors}; radius bound {self.radius_bound:.2f}; "
+            f"{self.nbytes / 2**20:.1f} MiB; {self.seconds:.1f} s"
+        )
+
+
+def farthest_first(
+    points: Array,
+    size: int,
+    distances: Array | None = None,
+    stop: float = -1.0,
+) -> tuple[NDArray[np.int64], Array]:
+    """Exact farthest-first traversal, several times faster than the plain loop.
+
+    Distances to a growing set only shrink, so a stale one is an upper bound. The points with the largest bounds are
+    refreshed by one matrix product and picked among themselves until the best of them falls below all others' bounds.
+
+    Args:
+        points: Shape `(n, d)`.
+        size: Number of points to pick, at most `n`.
+        distances: Distance of each point to a set picked before; without it the traversal starts at point 0.
+        stop: Pick no point whose distance is this or less.
+
+    Returns:
+        Indices of the picks in order, and the distance of each to all before it; infinite for a start at point 0.
+    """
+    size = min(size, len(points))
+    picks = np.empty(size, dtype=np.int64)
+    radii = np.empty(size, dtype=np.float32)
+    if size == 0:
+        return picks, radii
+    squares = np.einsum("ij,ij->i", points, points)
+    if distances is None:
+        picks[0], radii[0], count = 0, np.inf, 1
+        bounds = np.maximum(squares + squares[0] - 2 * (points @ points[0]), 0)
+        bounds[0] = -1
+    else:
+        count = 0
+        bounds = np.square(distances, dtype=np.float32)
+    refreshed = np.full(len(points), count, dtype=np.int64)  # number of picks that a bound takes into account
+    limit = stop * stop if stop >= 0 else -0.5  # picked points have the bound -1
+    while count < size:
+        block = np.arange(len(points))
+        others = -1.0
+        if len(points) > BLOCK_SIZE:
+            block = np.argpartition(bounds, -BLOCK_SIZE)[-BLOCK_SIZE:]
+            others = bounds[block].min()
+        current, members = bounds[block], points[block]
+        oldest = refreshed[block].min()
+        if oldest < count:
+            latest = points[picks[oldest:count]]
+            products = members @ latest.T
+            products *= -2
+            products += squares[picks[oldest:count]]
+            fresh = np.maximum(products.min(axis=1) + squares[block], 0)
+            current = np.where(current < 0, current, np.minimum(current, fresh))
+        among = members @ members.T
+        among *= -2
+        among += squares[block]
+        among += squares[block][:, None]
+        np.maximum(among, 0, out=among)
+        best = np.inf
+        while count < size:
+            position = int(current.argmax())
+            best = current[position]
+            if best < others or best <= limit:
+                break
+            picks[count], radii[count] = block[position], np.sqrt(best)
+            count += 1
+            np.minimum(current, among[position], out=current)
+            current[position] = -1
+        bounds[block], refreshed[block] = current, count
+        if best <= limit and best >= others:
+            break
+    return picks[:count], radii[:count]
+
+
+def nearest(queries: Array, references: Array) -> tuple[Array, NDArray[np.int64]]:
+    """Distance of each query to its nearest reference, shape `(n,)`, and the index of that reference."""
+    import faiss
+
+    references = np.ascontiguousarray(references, dtype=np.float32)
+    index = faiss.knn(np.ascontiguousarray(queries, dtype=np.float32), references, 1)[1][:, 0]
+    # The search subtracts large squares; the distance itself is taken directly.
+    return np.linalg.norm(queries - references[index], axis=1), index
+
+
+def equal_scaled_radius(variants: Mapping[str, Variant], size: int) -> dict[str, int]:
+    """Divide `size` vectors among variants: one threshold on radius / scale.
+
+    Raises:
+        ValueError: If there are more variants than vectors to give.
+    """
+    if len(variants) > size:
+        msg = f"A memory of {size} vectors cannot hold {len(variants)} variants; use a larger memory_size."
+        raise ValueError(msg)
+    scaled = {name: variant.radii / variant.scale for name, variant in variants.items()}
+    together = np.concatenate([*scaled.values(), np.zeros(0, np.float32)])
+    if len(together) <= size:
+        return {name: len(radii) for name, radii in scaled.items()}
+    threshold = np.partition(together, -size - 1)[-size - 1]
+    return {name: int((radii > threshold).sum()) for name, radii in scaled.items()}
+
+
+def _spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """At most CALIBRATION_IMAGES of the indices, evenly spread over them."""
+    if len(indices) <= CALIBRATION_IMAGES:
+        return indices
+    return indices[np.linspace(0, len(indices) - 1, CALIBRATION_IMAGES).astype(int)]
+
+
+def _charge(points: Array, covers: Array, radii: Array, keep: int, resolution: float) -> Array:
+    """Covers of the first `keep` points, ordered by radius, once the rest is charged to the seniors among them."""
+    covers_kept = covers[:keep].copy()
+    if len(points) > keep:
+        seniors = max(1, int((radii[:keep] >= SENIORITY * resolution).sum()))
+        distances, index = nearest(points[keep:], points[:seniors])
+        np.maximum.at(covers_kept, index, distances + covers[keep:])
+    return covers_kept
+
+
+def _cut(variant: Variant, keep: int) -> Variant:
+    """Keep the first `keep` vectors."""
+    if keep >= len(variant.radii):
+        return variant
+    resolution = max(variant.resolution, float(variant.radii[keep]))
+    vectors = variant.vectors.astype(np.float32, copy=False)
+    covers = _charge(vectors, variant.covers, variant.radii, keep, resolution)
+    # Copies, so that the memory of what was cut is given back.
+    return replace(
+        variant,
+        vectors=variant.vectors[:keep].copy(),
+        radii=variant.radii[:keep].copy(),
+        covers=covers,
+        resolution=resolution,
+    )
+
+
+def _drop_duplicates(points: Array, radii: Array) -> NDArray[np.bool_]:
+    """Mask of the points, in order of radius, that do not repeat an earlier one up to rounding."""
+    import faiss
+
+    norm = float(np.linalg.norm(points, axis=1).mean())
+    unique = np.ones(len(points), dtype=bool)
+    # A matrix product cannot tell radii this small from zero, so these are looked at again.
+    suspects = np.flatnonzero(radii < 1e-2 * norm)
+    if len(suspects):
+        neighbors = faiss.knn(points[suspects], points, min(4, len(points)))[1]
+        gaps = np.linalg.norm(points[neighbors] - points[suspects][:, None], axis=2)
+        unique[suspects] = ~((gaps <= 1e-6 * norm) & (neighbors < suspects[:, None])).any(axis=1)
+    return unique
+
+
+class _Stream:
+    """Patches of one variant on their way into the bank, in bounded memory."""
+
+    def __init__(self, name: str, known: Variant | None, dimension: int, capacity: int) -> None:
+        self.name = name
+        self.known = known
+        self.capacity = max(capacity, len(known.radii) if known else 0)
+        self.points = np.empty((0, dimension), np.float32)
+        self.radii = np.empty(0, np.float32)  # 0 for points that farthest-first has not seen yet
+        self.covers = np.empty(0, np.float32)
+        self.resolution = 0.0
+        self.images = 0
+        self.hashes: list[int] = []
+        self.seconds = 0.0
+        if known is not None:
+            self.points = known.vectors.astype(np.float32)
+            self.radii, self.covers, self.resolution = known.radii, known.covers.copy(), known.resolution
+        self._index = self._build_index()
+
+    def absorb(self, patches: Array, covers: Array | None = None) -> None:
+        """Take in patches of shape `(n, d)`; `covers` says what they already stand for."""
+        covers = np.zeros(len(patches), np.float32) if covers is None else covers
+        for start in range(0, len(patches), self.capacity):
+            chunk = slice(start, start + self.capacity)
+            self._absorb(np.ascontiguousarray(patches[chunk], dtype=np.float32), covers[chunk])
+
+    def _absorb(self, patches: Array, covers: Array) -> None:
+        if self._index is not None:
+            squares, index = self._index.search(patches, 1)
+            # The index may miss the nearest point, which costs at most a vector too many in the pool.
+            distances = np.where(index[:, 0] < 0, np.float32(np.inf), np.sqrt(np.maximum(squares[:, 0], 0)))
+            known = distances <= self.resolution
+            np.maximum.at(self.covers, index[known, 0], distances[known] + covers[known])
+            patches, covers, distances = patches[~known], covers[~known], distances[~known]
+            picks, _ = farthest_first(patches, len(patches), distances, stop=self.resolution)
+            rest = np.setdiff1d(np.arange(len(patches)), picks)
+            new, new_covers = patches[picks], covers[picks]
+            if len(rest):  # within the resolution of a pick
+                distances, index = nearest(patches[rest], new)
+                np.maximum.at(new_covers, index, distances + covers[rest])
+            patches, covers = new, new_covers
+            if len(patches):
+                self._index.add(patches)
+        self.points = np.concatenate([self.points, patches])
+        self.radii = np.concatenate([self.radii, np.zeros(len(patches), np.float32)])
+        self.covers = np.concatenate([self.covers, covers])
+        if len(self.points) > self.capacity:
+            self.select(self.capacity // 4)
+            self._index = self._build_index()
+
+    def select(self, size: int) -> None:
+        """Reduce the pool to `size` points in order of insertion radius, seniors keeping their seat."""
+        points, radii, covers = self.points, self.radii, self.covers
+        seated = radii >= SENIORITY * self.resolution if self.resolution > 0 else np.zeros(len(radii), bool)
+        rest = np.flatnonzero(~seated)
+        if seated.any():
+            distances = nearest(points[rest], points[seated])[0] if len(rest) else None
+            picks, picked_radii = farthest_first(points[rest], size + 1, distances) if len(rest) else (rest, radii[:0])
+        else:
+            picks, picked_radii = farthest_first(points, size + 1)
+        unpicked = np.setdiff1d(np.arange(len(rest)), picks)
+        order = np.concatenate([np.flatnonzero(seated), rest[picks], rest[unpicked]])
+        radii = np.concatenate([radii[seated], picked_radii, np.zeros(len(unpicked), np.float32)])
+        by_radius = np.argsort(-radii, kind="stable")
+        order, radii = order[by_radius], radii[by_radius]
+        points, covers = points[order], covers[order]
+        unique = _drop_duplicates(points, radii)
+        points, radii, covers = points[unique], radii[unique], covers[unique]
+        if len(points) > size:
+            self.resolution = max(self.resolution, float(radii[size]))
+            covers = _charge(points, covers, radii, size, self.resolution)
+            points, radii = points[:size].copy(), radii[:size].copy()
+        self.points, self.radii, self.covers = points, radii, covers
+
+    def result(self, size: int, dtype: np.dtype) -> Variant:
+        """The variant with at most `size` vectors; the stream is used up."""
+        self.select(size)
+        picks = self.radii[1 : SCALE_PICKS + 1]
+        vectors = self.points.astype(dtype)
+        rounding = np.linalg.norm(vectors.astype(np.float32) - self.points, axis=1)
+        return Variant(
+            vectors=vectors,
+            radii=self.radii,
+            covers=self.covers + rounding,
+            scale=max(float(picks.mean()), 1e-6) if len(picks) else 1.0,
+            resolution=self.resolution,
+            images=self.images + (self.known.images if self.known else 0),
+            calibration=self.known.calibration if self.known else None,
+        )
+
+    def _build_index(self) -> Any:  # noqa: ANN401  # faiss is imported late and untyped
+        if self.resolution <= 0:
+            return None  # nothing is known yet, so there is nothing to look up
+        import faiss
+
+        dimension = self.points.shape[1]
+        flat = faiss.IndexFlatL2(dimension)
+        index: Any = flat
+        if (
+            len(self.points) >= 2048
+        ):  # the first picks of farthest-first are well spread, as good as trained centroids and free
+            flat.add(np.ascontiguousarray(self.points[:128]))
+            index = faiss.IndexIVFFlat(flat, dimension, 128)
+            index.nprobe = 4
+            self._quantizer = flat  # faiss does not keep it alive
+        index.add(np.ascontiguousarray(self.points))
+        return index
+
+
+class MemoryBank:
+    """Patch embeddings of all variants, at most `size` of them.
+
+    Learned patches first go to a stream (:meth:`learn`) and reach the bank at :meth:`commit`; until then, and when
+    anything fails on the way, the bank stays as it was.
+
+    Args:
+        size: Largest number of vectors.
+        dtype: Precision in which vectors are kept.
+
+    Attributes:
+        variants: The bank's content by variant name, in order of arrival.
+
+    Raises:
+        ValueError: If `size` is not positive.
+    """
+
+    def __init__(self, size: int, dtype: str = "float32") -> None:
+        if size < 1:
+            msg = f"memory_size must be at least 1, got {size}."
+            raise ValueError(msg)
+        self.size = size
+        self.dtype = np.dtype(dtype)
+        self.variants: dict[str, Variant] = {}
+        self.image_hashes: NDArray[np.int64] = np.empty(0, np.int64)
+        self._stream: _Stream | None = None
+        self._report = Report()
+
+    def __len__(self) -> int:
+        """Number of vectors."""
+        return sum(len(variant.radii) for variant in self.variants.values())
+
+    @property
+    def radius_bound(self) -> float:
+        """Upper bound of the coverage radius: every patch ever learned lies within it of some vector."""
+        covers = [variant.covers.max() for variant in self.variants.values()]
+        return float(max(covers, default=0.0)) * (1 + 1e-5)  # rounding of float32 distances
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.to_arrays()[0].values())
+
+    @property
+    def vectors(self) -> Array:
+        """All vectors, shape `(n, d)`, variant after variant."""
+        if not self.variants:
+            return np.empty((0, 0), np.float32)
+        return np.concatenate([variant.vectors for variant in self.variants.values()]).astype(np.float32, copy=False)
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """Position of each vector's variant in `variants`, shape `(n,)`."""
+        counts = [len(variant.radii) for variant in self.variants.values()]
+        return np.repeat(np.arange(len(counts)), counts)
+
+    def knows(self, image_hash: int) -> bool:
+        """Whether the image with this hash was learned, in the bank or in the open stream."""
+        return bool((self.image_hashes == image_hash).any()) or bool(
+            self._stream and image_hash in self._stream.hashes,
+        )
+
+    def count_known(self, images: int) -> None:
+        """Report `images` that were not learned because they are known."""
+        self._report.known_images += images
+
+    def learn(
+        self,
+        patches: Array,
+        variant: str | None = None,
+        image_hash: int | None = None,
+        covers: Array | None = None,
+    ) -> str | None:
+        """Take in the patches of one image.
+
+        Args:
+            patches: Patch embeddings, shape `(n, d)`.
+            variant: Name of the variant; found by :meth:`identify` if not given.
+            image_hash: Identifies the image, which is then learned once only.
+            covers: Distance up to which each patch stands for others, when the patches come from another bank.
+
+        Returns:
+            Name of the variant, None if the image was known.
+
+        Raises:
+            ValueError: If `patches` are not finite, not of shape `(n, d)`, or of another dimension than the bank's.
+        """
+        self._validate(patches)
+        if image_hash is not None and self.knows(image_hash):
+            self.count_known(1)
+            return None
+        start = time.perf_counter()
+        if variant is None:
+            variant = self.identify(patches) or self._new_name()
+        if self._stream is not None and self._stream.name != variant:
+            self.flush()
+        if self._stream is None:
+            capacity = 2 * self.size + POOL_EXTRA
+            self._stream = _Stream(variant, self.variants.get(variant), patches.shape[1], capacity)
+        self._stream.absorb(patches, covers)
+        self._stream.images += 1
+        if image_hash is not None:
+            self._stream.hashes.append(image_hash)
+        self._stream.seconds += time.perf_counter() - start
+        return variant
+
+    def commit(self) -> Report:
+        """Bring what was learned since the last commit into the bank.
+
+        Returns:
+            What changed.
+        """
+        self.flush()
+        report, self._report = self._report, Report()
+        report.radius_bound, report.num_vectors, report.nbytes = self.radius_bound, len(self), self.nbytes
+        return report
+
+    def discard(self) -> None:
+        """Forget what was learned since the last commit."""
+        self._stream = None
+        self._report = Report()
+
+    def flush(self) -> None:
+        """Bring what was learned into the bank and go on; :meth:`commit` reports it later."""
+        stream = self._stream
+        if stream is None:
+            return
+        start = time.perf_counter()
+        variants = {**self.variants, stream.name: stream.result(self.size, self.dtype)}
+        counts = {name: len(variant.radii) for name, variant in self.variants.items()}
+        shares = equal_scaled_radius(variants, self.size)
+        variants = {name: _cut(variant, shares[name]) for name, variant in variants.items()}
+        self.variants, self._stream = variants, None
+        self.image_hashes = np.concatenate([self.image_hashes, np.array(stream.hashes, np.int64)])[-REMEMBERED_IMAGES:]
+        for name, variant in variants.items():
+            difference = len(variant.radii) - counts.get(name, 0)
+            if difference > 0:
+                self._report.added[name] += difference
+            elif difference < 0:
+                self._report.removed[name] -= difference
+        self._report.variants[stream.name] += stream.images
+        self._report.seconds += stream.seconds + time.perf_counter() - start
+
+    def identify(self, patches: Array) -> str | None:
+        """Variant to which an image belongs, or None if it is of no variant in the bank.
+
+        It belongs to the variant that owns the nearest vector of most of its patches, if these lie, on the mean, no
+        farther than the variant's scale. On seven real products known ones lie at 0.5 to 0.75 of it, see docs.
+
+        Args:
+            patches: Patch embeddings of one image, shape `(n, d)`.
+        """
+        candidates = dict(self.variants)
+        if self._stream is not None and self._stream.images:
+            # The open stream counts as if it were committed, only without the cost of it.
+            known = candidates.get(self._stream.name)
+            picks = farthest_first(self._stream.points, SCALE_PICKS + 1)[1][1:]
+            scale = known.scale if known else (float(picks.mean()) if len(picks) else 1.0)
+            candidates[self._stream.name] = Variant(
+                self._stream.points,
+                self._stream.radii,
+                self._stream.covers,
+                scale,
+                self._stream.resolution,
+                self._stream.images,
+            )
+        if not candidates:
+            return None
+        vectors = np.concatenate([variant.vectors for variant in candidates.values()]).astype(np.float32, copy=False)
+        owners = np.repeat(np.arange(len(candidates)), [len(variant.radii) for variant in candidates.values()])
+        distances, index = nearest(patches, vectors)
+        owner = int(np.bincount(owners[index]).argmax())
+        name = list(candidates)[owner]
+        return name if distances.mean() <= candidates[name].scale else None
+
+    def merge(self, other: MemoryBank) -> Report:
+        """Learn all that another bank of the same backbone knows.
+
+        Args:
+            other: Bank to learn from; it stays as it is.
+
+        Returns:
+            What changed.
+        """
+        self.commit()
+        for name, variant in other.variants.items():
+            known = self.variants.get(name)
+            if known is None:
+                shares = equal_scaled_radius({**self.variants, name: variant}, self.size)
+                merged = {**self.variants, name: variant}
+                self._report.added[name] += shares[name]
+                for key, share in shares.items():
+                    if key in self.variants and share < len(self.variants[key].radii):
+                        self._report.removed[key] += len(self.variants[key].radii) - share
+                self.variants = {key: _cut(value, shares[key]) for key, value in merged.items()}
+                self._report.variants[name] += variant.images
+                continue
+            self.learn(variant.vectors.astype(np.float32), name, covers=variant.covers)
+            assert self._stream is not None
+            self._stream.images = variant.images
+            self.flush()
+            if variant.calibration is not None and known.calibration is None:
+                self.variants[name] = replace(self.variants[name], calibration=variant.calibration)
+        self.image_hashes = np.unique(np.concatenate([self.image_hashes, other.image_hashes]))[-REMEMBERED_IMAGES:]
+        return self.commit()
+
+    def calibrate(
+        self,
+        variant: str,
+        patches: Array,
+        labels: NDArray[np.bool_],
+        pixel: tuple[float, float, float] = (np.nan, np.nan, np.nan),
+    ) -> None:
+        """Keep what renews a variant's thresholds when the bank changes, in place of what was kept before.
+
+        Args:
+            variant: Name of a variant in the bank.
+            patches: Highest scoring patches of each image, shape `(n, CALIBRATION_PATCHES, d)`.
+            labels: Whether each image is anomalous, shape `(n,)`.
+            pixel: Pixel threshold, minimum and maximum of the anomaly maps of these images.
+        """
+        chosen = np.sort(np.concatenate([_spread(np.flatnonzero(labels == label)) for label in (False, True)]))
+        patches = patches[chosen].astype(np.float16)
+        calibration = Calibration(patches, labels[chosen].astype(bool), self._scores(patches), pixel)
+        self.variants = {**self.variants, variant: replace(self.variants[variant], calibration=calibration)}
+
+    def _scores(self, patches: Array) -> Array:
+        if not len(patches):
+            return np.empty(0, np.float32)
+        flat = patches.reshape(-1, patches.shape[-1]).astype(np.float32)
+        return nearest(flat, self.vectors)[0].reshape(patches.shape[:2]).max(axis=1).astype(np.float32)
+
+    def thresholds(self, variant: str) -> dict[str, tuple[float, float, float]]:
+        """Threshold, minimum and maximum of the raw scores of a variant, for the bank as it is now.
+
+        The image values come from the calibration images scored again. The anomaly maps are gone; their values move
+        by the same factor as the calibration scores.
+
+        Args:
+            variant: Name of a variant in the bank.
+
+        Returns:
+            Under `"image"` and `"pixel"` each threshold, minimum and maximum; NaN without calibration.
+        """
+        calibration = self.variants[variant].calibration
+        unknown = (np.nan, np.nan, np.nan)
+        if calibration is None or not len(calibration.labels):
+            return {"image": unknown, "pixel": unknown}
+        scores = self._scores(calibration.patches)
+        factor = float(scores.mean() / max(float(calibration.scores.mean()), 1e-12))
+        threshold, lowest, highest = calibration.pixel
+        return {
+            "image": (f1_threshold(scores, calibration.labels), float(scores.min()), float(scores.max())),
+            "pixel": (threshold * factor, lowest * factor, highest * factor),
+        }
+
+    def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """State as arrays and as plain data, fit for safetensors and JSON."""
+        variants = self.variants.values()
+        dimension = next(iter(variants)).vectors.shape[1] if self.variants else 0
+        empty = Calibration(
+            np.empty((0, CALIBRATION_PATCHES, dimension), np.float16),
+            np.empty(0, bool),
+            np.empty(0, np.float32),
+        )
+        calibrations = [variant.calibration or empty for variant in variants] or [empty]
+        nothing = np.empty(0, np.float32)
+        arrays = {
+            "vectors": np.concatenate([np.empty((0, dimension), self.dtype), *(v.vectors for v in variants)]),
+            "radii": np.concatenate([nothing, *(v.radii for v in variants)]),
+            "covers": np.concatenate([nothing, *(v.covers for v in variants)]),
+            "calibration_patches": np.concatenate([c.patches for c in calibrations]),
+            "calibration_labels": np.concatenate([c.labels for c in calibrations]),
+            "calibration_scores": np.concatenate([c.scores for c in calibrations]),
+            "calibration_pixels": np.array([c.pixel for c in calibrations], np.float32),
+            "image_hashes": self.image_hashes,
+        }
+        plain = {
+            "schema_version": SCHEMA_VERSION,
+            "size": self.size,
+            "dtype": self.dtype.name,
+            "variants": [
+                {
+                    "name": name,
+                    "vectors": len(variant.radii),
+                    "scale": variant.scale,
+                    "resolution": variant.resolution,
+                    "images": variant.images,
+                    "calibration_images": len(variant.calibration.labels) if variant.calibration else 0,
+                }
+                for name, variant in self.variants.items()
+            ],
+        }
+        return arrays, plain
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> MemoryBank:
+        """Inverse of :meth:`to_arrays`.
+
+        Raises:
+            ValueError: If the state is of a newer schema, damaged, or not finite.
+        """
+        version = plain.get("schema_version")
+        if version != SCHEMA_VERSION:
+            msg = (
+                f"The memory bank has schema version {version}, this version of anomalib-ext reads {SCHEMA_VERSION}; "
+                "use the version that wrote it, or a newer one."
+            )
+            raise ValueError(msg)
+        bank = cls(plain["size"], plain["dtype"])
+        entries = plain["variants"]
+        counts = [entry["vectors"] for entry in entries]
+        lengths = {len(arrays[key]) for key in ("vectors", "radii", "covers")}
+        if lengths != {sum(counts)} or sum(counts) > bank.size or not np.isfinite(arrays["vectors"]).all():
+            msg = (
+                f"The memory bank is damaged: {sum(counts)} vectors announced, {sorted(lengths)} found, at most "
+                f"{bank.size} allowed, and all must be finite. Use an undamaged copy of the file."
+            )
+            raise ValueError(msg)
+        bank.image_hashes = np.asarray(arrays["image_hashes"])
+        first = image = 0
+        for position, entry in enumerate(entries):
+            part = slice(first, first + entry["vectors"])
+            images = slice(image, image + entry["calibration_images"])
+            first, image = part.stop, images.stop
+            calibration = None
+            if entry["calibration_images"]:
+                threshold, lowest, highest = (float(value) for value in arrays["calibration_pixels"][position])
+                calibration = Calibration(
+                    np.array(arrays["calibration_patches"][images]),
+                    np.array(arrays["calibration_labels"][images]),
+                    np.array(arrays["calibration_scores"][images]),
+                    (threshold, lowest, highest),
+                )
+            bank.variants[entry["name"]] = Variant(
+                np.array(arrays["vectors"][part]),
+                np.array(arrays["radii"][part]),
+                np.array(arrays["covers"][part]),
+                entry["scale"],
+                entry["resolution"],
+                entry["images"],
+                calibration,
+            )
+        return bank
+
+    def _validate(self, patches: Array) -> None:
+        if patches.ndim != 2 or not len(patches):
+            msg = f"Patch embeddings must have the shape (patches, dimension), got {patches.shape}."
+            raise ValueError(msg)
+        dimensions = {variant.vectors.shape[1] for variant in self.variants.values()}
+        if dimensions and dimensions != {patches.shape[1]}:
+            msg = (
+                f"Patch embeddings have dimension {patches.shape[1]}, the memory bank has {dimensions.pop()}: "
+                "it was learned with another backbone or other layers."
+            )
+            raise ValueError(msg)
+        if not np.isfinite(patches).all():
+            msg = (
+                "Patch embeddings hold NaN or infinite values, so this image was not learned. "
+                "Look for NaN in the image, or for damaged backbone weights."
+            )
+            raise ValueError(msg)
+
+    def _new_name(self) -> str:
+        taken: Iterable[str] = [*self.variants, *([self._stream.name] if self._stream else [])]
+        return next(name for i in range(1, 2**31) if (name := f"variant_{i}") not in taken)
+
+
+def f1_threshold(scores: Array, labels: NDArray[np.bool_]) -> float:
+    """Score above which an image is called anomalous, best by F1; the highest score if no image is anomalous.
+
+    Args:
+        scores: Shape `(n,)`.
+        labels: Shape `(n,)`, True where anomalous.
+    """
+    if not labels.any():
+        return float(scores.max())
+    order = np.argsort(-scores, kind="stable")
+    ranked, hits = scores[order], np.cumsum(labels[order])
+    f1 = 2 * hits / (np.arange(1, len(scores) + 1) + labels.sum())
+    f1[:-1][ranked[:-1] == ranked[1:]] = 0  # equal scores are decided together
+    best = int(f1.argmax())
+    below = ranked[best + 1] if best + 1 < len(ranked) else ranked[best] - 1e-6 * abs(ranked[best])
+    return float((ranked[best] + below) / 2)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Post-processing with thresholds of the variant that an image belongs to (ours)."""
+
+from typing import Any
+
+import torch
+from anomalib.data import Batch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+
+from .memory_bank import MemoryBank
+from .torch_model import ContinualInferenceBatch
+
+
+class VariantPostProcessor(PostProcessor):
+    """Anomalib's post-processor, with threshold, minimum and maximum taken from each image's variant.
+
+    Values that a variant lacks are those of the last validation, as in Anomalib.
+    """
+
+    image_values: torch.Tensor
+    pixel_values: torch.Tensor
+
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        # Derived from the memory bank, so not part of the state; rows: threshold, minimum, maximum.
+        self.register_buffer("image_values", torch.empty(0, 3), persistent=False)
+        self.register_buffer("pixel_values", torch.empty(0, 3), persistent=False)
+
+    def refresh(self, bank: MemoryBank) -> None:
+        """Take the thresholds of all variants from the bank."""
+        values = [bank.thresholds(variant) for variant in bank.variants]
+        for kind in ("image", "pixel"):
+            table = torch.tensor([value[kind] for value in values]).reshape(-1, 3)
+            setattr(self, f"{kind}_values", table.to(self.image_min.device))
+
+    def _values(self, kind: str, variant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Threshold, minimum and maximum, each of shape ``(B,)``."""
+        last = torch.stack([getattr(self, f"{kind}_{name}") for name in ("threshold", "min", "max")])
+        rows = getattr(self, f"{kind}_values")[variant]
+        return torch.where(torch.isnan(rows), last, rows).unbind(dim=-1)
+
+    def forward(self, predictions: ContinualInferenceBatch) -> InferenceBatch:  # type: ignore[override]
+        """Normalise scores and maps and decide; shapes as in :class:`ContinualInferenceBatch`."""
+        assert predictions.variant is not None
+        score, label = self._process("image", predictions.pred_score, predictions.variant)
+        anomaly_map, mask = self._process("pixel", predictions.anomaly_map, predictions.variant)
+        return InferenceBatch(pred_score=score, pred_label=label, anomaly_map=anomaly_map, pred_mask=mask)
+
+    def post_process_batch(self, batch: Batch) -> None:
+        """Normalise and decide in place; ``batch.variant`` holds the variants, shape ``(B,)``."""
+        predictions = ContinualInferenceBatch(
+            pred_score=batch.pred_score,
+            anomaly_map=batch.anomaly_map,
+            variant=getattr(batch, "variant"),  # noqa: B009  # no field of Anomalib's batch
+        )
+        batch.update(**self(predictions)._asdict())
+
+    def _process(
+        self,
+        kind: str,
+        values: torch.Tensor,
+        variant: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (-1,) + (1,) * (values.ndim - 1)
+        threshold, lowest, highest = (value.reshape(shape) for value in self._values(kind, variant))
+        decided: torch.Tensor | None = None
+        if self.enable_normalization:
+            values = self._normalize(values, lowest, highest, threshold)
+            threshold = getattr(self, f"normalized_{kind}_threshold")
+        if self.enable_thresholding:
+            decided = values > threshold
+        return values, decided

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch embeddings, search in the memory bank, and anomaly maps of ContinualPatchCore."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from anomalib.models.image.patchcore.anomaly_map import AnomalyMapGenerator
+from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+from torch import nn
+from torchvision.transforms import v2
+
+from anomalib_ext.models.components.backbone import load_backbone
+
+from .memory_bank import CALIBRATION_PATCHES, MemoryBank
+
+if TYPE_CHECKING:
+    from anomalib.data.utils.tiler import Tiler
+
+# Ours; the paper names augmentation only.
+NUM_VIEWS = 16
+
+
+class ContinualInferenceBatch(NamedTuple):
+    """Anomalib's ``InferenceBatch`` and, for every image, the position of its variant in the bank."""
+
+    pred_score: torch.Tensor | None = None
+    pred_label: torch.Tensor | None = None
+    anomaly_map: torch.Tensor | None = None
+    pred_mask: torch.Tensor | None = None
+    variant: torch.Tensor | None = None
+
+
+class ContinualPatchCoreModel(nn.Module):
+    """PatchCore's embedding and score over a memory bank of static size.
+
+    Args:
+        backbone: Name of a timm model.
+        layers: Names of the layers whose features are concatenated.
+        pre_trained: Whether the backbone is pretrained.
+        weights: File with the backbone's weights.
+        memory_size: Largest number of vectors in the memory bank.
+        num_neighbors: Neighbors that weigh the image score; 1 takes the largest patch distance as it is.
+        precision: ``float32`` or ``float16``, in which the bank is kept.
+
+    Attributes:
+        bank: What was learned; all other state is derived from it.
+    """
+
+    memory_bank: torch.Tensor
+    squares: torch.Tensor
+    owners: torch.Tensor
+
+    def __init__(
+        self,
+        backbone: str,
+        layers: Sequence[str],
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        memory_size: int = 10_000,
+        num_neighbors: int = 1,
+        precision: str = "float32",
+    ) -> None:
+        super().__init__()
+        if num_neighbors < 1:
+            msg = f"num_neighbors must be at least 1, got {num_neighbors}."
+            raise ValueError(msg)
+        self.bank = MemoryBank(memory_size, precision)
+        self.backbone = backbone
+        self.num_neighbors = num_neighbors
+        self.tiler: Tiler | None = None
+        self.feature_extractor = load_backbone(backbone, layers, pre_trained, weights).eval()
+        self.layers = list(self.feature_extractor.layers)
+        self.feature_pooler = nn.AvgPool2d(3, 1, 1)
+        self.anomaly_map_generator = AnomalyMapGenerator()
+        for name in ("memory_bank", "squares", "owners"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+        self.refresh()
+
+    # Anomalib's own, which read the attributes above and `nearest_neighbors` below.
+    generate_embedding = PatchcoreModel.generate_embedding
+    compute_anomaly_score = PatchcoreModel.compute_anomaly_score
+    euclidean_dist = staticmethod(PatchcoreModel.euclidean_dist)
+
+    def forward(self, images: torch.Tensor) -> ContinualInferenceBatch:
+        """Score images.
+
+        Args:
+            images: Normalised images, shape ``(B, 3, H, W)``.
+
+        Returns:
+            Raw scores of shape ``(B,)``, anomaly maps ``(B, 1, H, W)`` and variants ``(B,)``.
+
+        Raises:
+            RuntimeError: If nothing was learned yet.
+            ValueError: If an image gives scores that are not finite.
+        """
+        if not len(self.bank):
+            msg = (
+                "The memory bank is empty, so nothing can be judged. Learn normal images first (Engine.fit or "
+                "partial_fit), or load a checkpoint (--ckpt_path)."
+            )
+            raise RuntimeError(msg)
+        embedding = self.embed(images)
+        batch, height, width, dimension = embedding.shape
+        patches = embedding.reshape(batch, height * width, dimension)
+        if torch.compiler.is_compiling():  # for export: one product, the batch dimension stays open
+            scores, locations = self.nearest_neighbors(patches)
+        else:  # one image at a time, or the distances of a batch take gigabytes
+            found = [self.nearest_neighbors(image) for image in patches]
+            scores, locations = (torch.stack(part) for part in zip(*found, strict=True))
+            if not torch.isfinite(scores).all():
+                bad = (~torch.isfinite(scores).all(dim=1)).nonzero().flatten().tolist()
+                msg = f"Images {bad} of the batch give scores that are not finite; look for NaN in them or the weights."
+                raise ValueError(msg)
+        votes = self.owners[locations].unsqueeze(-1) == torch.arange(len(self.bank.variants), device=scores.device)
+        return ContinualInferenceBatch(
+            pred_score=self.compute_anomaly_score(scores, locations, patches),
+            anomaly_map=self.anomaly_map_generator(scores.reshape(batch, 1, height, width), images.shape[-2:]),
+            variant=votes.sum(dim=1).argmax(dim=-1),
+        )
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Patch embeddings of shape ``(B, h, w, d)`` for images of shape ``(B, 3, H, W)``."""
+        if self.tiler:
+            images = self.tiler.tile(images)
+        features = self.feature_extractor(images)
+        embedding = self.generate_embedding({layer: self.feature_pooler(value) for layer, value in features.items()})
+        if self.tiler:
+            embedding = self.tiler.untile(embedding)
+        return embedding.permute(0, 2, 3, 1)
+
+    def nearest_neighbors(self, embedding: torch.Tensor, n_neighbors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distances to the nearest vectors and their indices, each ``(..., n_neighbors)``, squeezed for one."""
+        bank = self.memory_bank.to(embedding.dtype)
+        # The square of the query is the same for all vectors; unused vectors have an infinite square.
+        ranking = self.squares - 2 * (embedding @ bank.T)
+        if n_neighbors == 1:
+            index = ranking.argmin(dim=-1)
+            # Taken directly, the distance does not suffer from the difference of large squares.
+            return torch.linalg.vector_norm(embedding - bank[index], dim=-1), index
+        index = ranking.topk(min(n_neighbors, len(self.bank)), dim=-1, largest=False).indices
+        return torch.linalg.vector_norm(embedding.unsqueeze(-2) - bank[index], dim=-1), index
+
+    @torch.no_grad()
+    def learn(self, images: torch.Tensor, variant: str | None, augment: bool = False) -> None:
+        """Take images into the bank's stream.
+
+        Args:
+            images: Normalised images, shape ``(B, 3, H, W)``.
+            variant: Name of their variant; found for each image if not given.
+            augment: Whether to learn augmented views of each image too.
+        """
+        hashes = [image_hash(image) for image in images]
+        new = [i for i, value in enumerate(hashes) if not self.bank.knows(value)]
+        if len(new) < len(images):
+            self.bank.count_known(len(images) - len(new))
+        for i, embedding in zip(new, self.embed(images[new]) if new else [], strict=True):
+            patches = embedding.flatten(0, 1)
+            if augment:
+                views = augmented_views(images[i], NUM_VIEWS, seed=hashes[i])
+                patches = torch.cat([patches, self.embed(views).flatten(0, 2)])
+            self.bank.learn(patches.float().cpu().numpy(), variant, hashes[i])
+
+    @torch.no_grad()
+    def calibration_patches(self, images: torch.Tensor) -> torch.Tensor:
+        """Highest scoring patches of each image, shape ``(B, CALIBRATION_PATCHES, d)``."""
+        chosen = []
+        for embedding in self.embed(images):
+            patches = embedding.flatten(0, 1)
+            scores, _ = self.nearest_neighbors(patches)
+            # Fewer patches than wanted: the lowest is repeated, which changes no maximum.
+            order = scores.argsort(descending=True)[:CALIBRATION_PATCHES]
+            order = torch.cat([order, order[-1:].expand(CALIBRATION_PATCHES - len(order))])
+            chosen.append(patches[order])
+        return torch.stack(chosen)
+
+    def refresh(self) -> None:
+        """Bring the bank into the tensors that are searched."""
+        device = self.memory_bank.device
+        dimension = sum(self.feature_extractor.out_dims)
+        vectors = torch.zeros(self.bank.size, dimension, dtype=getattr(torch, self.bank.dtype.name))
+        squares = torch.full((self.bank.size,), float("inf"))
+        owners = torch.zeros(self.bank.size, dtype=torch.long)
+        if count := len(self.bank):
+            learned = torch.from_numpy(self.bank.vectors)
+            vectors[:count] = learned.to(vectors.dtype)
+            squares[:count] = vectors[:count].float().square().sum(dim=1)
+            owners[:count] = torch.from_numpy(self.bank.owners)
+        self.memory_bank, self.squares, self.owners = vectors.to(device), squares.to(device), owners.to(device)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The bank, and what it depends on, as tensors and plain data."""
+        self.bank.flush()
+        arrays, plain = self.bank.to_arrays()
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        return {"backbone": self.backbone, "layers": self.layers, "tensors": tensors, "plain": plain}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`get_extra_state` gave.
+
+        Raises:
+            ValueError: If the state is of another backbone or other layers, or damaged.
+        """
+        for key, own in (("backbone", self.backbone), ("layers", self.layers)):
+            if state[key] != own:
+                msg = (
+                    f"The checkpoint has {key} {state[key]!r}, this model has {own!r}. Their memories do not mix: "
+                    f"make the model with {key}={state[key]!r}, or learn anew."
+                )
+                raise ValueError(msg)
+        self.bank = MemoryBank.from_arrays(
+            {name: tensor.numpy() for name, tensor in state["tensors"].items()},
+            state["plain"],
+        )
+        self.refresh()
+
+
+def image_hash(image: torch.Tensor) -> int:
+    """Hash of 64 bits of a normalised image of shape ``(3, H, W)``, rounded to 32 levels a unit."""
+    from hashlib import blake2b
+
+    levels = (image.detach() * 32).round().clamp(-128, 127).to(torch.int8).cpu().numpy()
+    return int.from_bytes(blake2b(levels.tobytes(), digest_size=8).digest(), "big", signed=True)
+
+
+def augmented_views(image: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Slightly rotated, shifted, scaled, lit and blurred views of one image; the same for the same seed.
+
+    Args:
+        image: Normalised image, shape ``(3, H, W)``.
+        count: Number of views.
+        seed: Any integer.
+
+    Returns:
+        Views of shape ``(count, 3, H, W)``.
+    """
+    height, width = image.shape[-2:]
+    margin = max(1, min(height, width) // 8)
+    padded = nn.functional.pad(image[None], (margin,) * 4, mode="reflect")[0]
+    transform = v2.Compose([
+        v2.RandomAffine(5, translate=(0.02, 0.02), scale=(0.97, 1.03), interpolation=v2.InterpolationMode.BILINEAR),
+        v2.CenterCrop((height, width)),
+        v2.RandomApply([v2.GaussianBlur(3, (0.1, 0.8))]),
+    ])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        views = torch.stack([transform(padded) for _ in range(count)])
+        contrast, brightness = 1 + (torch.rand(2, count, 1, 1, 1) - 0.5).to(image.device) * 0.2
+    mean = views.mean(dim=(1, 2, 3), keepdim=True)
+    return (views - mean) * contrast + mean * brightness
