@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``anomalib-ext``; what one model does on one data set is done by Anomalib's own ``anomalib``."""
+
+import logging
+import warnings
+
+
+def main() -> None:
+    """Run a subcommand."""
+    from jsonargparse import auto_cli
+
+    # Deprecations inside Anomalib and Lightning's hints do not concern the user of a stream.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="lightning")
+    try:
+        import anomalib.models  # the models and datamodules that the configuration names
+        import lightning  # noqa: F401
+    except ImportError as error:
+        msg = f"{error}. Learning with torch needs the extra: pip install 'anomalib-ext[train]'"
+        raise SystemExit(msg) from error
+    from anomalib_ext.stream import learn_stream
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    auto_cli({"stream": learn_stream}, as_positional=False)
