@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch embeddings, search in the memory bank, and anomaly maps of ContinualPatchCore."""
 
+import copy
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,16 +80,19 @@ class ContinualPatchCoreModel(nn.Module):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self.refresh()
 
-    # Anomalib's own, which read the attributes above and `nearest_neighbors` below.
+    # Anomalib's own, which reads the layers.
     generate_embedding = PatchcoreModel.generate_embedding
-    compute_anomaly_score = PatchcoreModel.compute_anomaly_score
-    euclidean_dist = staticmethod(PatchcoreModel.euclidean_dist)
 
     def forward(self, images: torch.Tensor) -> ContinualInferenceBatch:
-        """Score images.
+        """Score normalised images of shape ``(B, 3, H, W)``, see :meth:`judge`."""
+        return self.judge(self.embed(images), images.shape[-2:])
+
+    def judge(self, embedding: torch.Tensor, size: torch.Size) -> ContinualInferenceBatch:
+        """Score patch embeddings.
 
         Args:
-            images: Normalised images, shape ``(B, 3, H, W)``.
+            embedding: Patch embeddings, shape ``(B, h, w, d)``.
+            size: Height and width of the images.
 
         Returns:
             Raw scores of shape ``(B,)``, anomaly maps ``(B, 1, H, W)`` and variants ``(B,)``.
@@ -102,7 +107,6 @@ class ContinualPatchCoreModel(nn.Module):
                 "partial_fit), or load a checkpoint (--ckpt_path)."
             )
             raise RuntimeError(msg)
-        embedding = self.embed(images)
         batch, height, width, dimension = embedding.shape
         patches = embedding.reshape(batch, height * width, dimension)
         if torch.compiler.is_compiling():  # for export: one product, the batch dimension stays open
@@ -116,10 +120,28 @@ class ContinualPatchCoreModel(nn.Module):
                 raise ValueError(msg)
         votes = self.owners[locations].unsqueeze(-1) == torch.arange(len(self.bank.variants), device=scores.device)
         return ContinualInferenceBatch(
-            pred_score=self.compute_anomaly_score(scores, locations, patches),
-            anomaly_map=self.anomaly_map_generator(scores.reshape(batch, 1, height, width), images.shape[-2:]),
+            pred_score=self.image_score(scores, locations, patches),
+            anomaly_map=self.anomaly_map_generator(scores.reshape(batch, 1, height, width), size),
             variant=votes.sum(dim=1).argmax(dim=-1),
         )
+
+    def image_score(self, scores: torch.Tensor, locations: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """PatchCore's image score, of shape ``(B,)``: the largest patch distance, weighed by its neighborhood.
+
+        Args:
+            scores: Distance of each patch to its nearest vector, shape ``(B, n)``.
+            locations: Index of that vector, shape ``(B, n)``.
+            patches: Patch embeddings, shape ``(B, n, d)``.
+        """
+        largest, position = scores.max(dim=1, keepdim=True)
+        neighbors = min(self.num_neighbors, len(self.bank))
+        if neighbors == 1:
+            return largest.squeeze(1)
+        bank = self.memory_bank.to(patches.dtype)
+        patch = patches.gather(1, position.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        _, support = self.nearest_neighbors(bank[locations.gather(1, position)], neighbors)
+        distances = torch.linalg.vector_norm(patch.unsqueeze(2) - bank[support], dim=-1)
+        return (largest * (1 - distances.softmax(dim=-1)[..., 0])).squeeze(1)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings of shape ``(B, h, w, d)`` for images of shape ``(B, 3, H, W)``."""
@@ -144,14 +166,18 @@ class ContinualPatchCoreModel(nn.Module):
         return torch.linalg.vector_norm(embedding.unsqueeze(-2) - bank[index], dim=-1), index
 
     @torch.no_grad()
-    def learn(self, images: torch.Tensor, variant: str | None, augment: bool = False) -> None:
+    def learn(self, images: torch.Tensor, variant: str | None, augment: bool = False) -> list[str | None]:
         """Take images into the bank's stream.
 
         Args:
             images: Normalised images, shape ``(B, 3, H, W)``.
             variant: Name of their variant; found for each image if not given.
             augment: Whether to learn augmented views of each image too.
+
+        Returns:
+            The variant of each image, None where the image was known.
         """
+        names: list[str | None] = [None] * len(images)
         hashes = [image_hash(image) for image in images]
         new = [i for i, value in enumerate(hashes) if not self.bank.knows(value)]
         if len(new) < len(images):
@@ -161,14 +187,13 @@ class ContinualPatchCoreModel(nn.Module):
             if augment:
                 views = augmented_views(images[i], NUM_VIEWS, seed=hashes[i])
                 patches = torch.cat([patches, self.embed(views).flatten(0, 2)])
-            self.bank.learn(patches.float().cpu().numpy(), variant, hashes[i])
+            names[i] = self.bank.learn(patches.float().cpu().numpy(), variant, hashes[i])
+        return names
 
-    @torch.no_grad()
-    def calibration_patches(self, images: torch.Tensor) -> torch.Tensor:
-        """Highest scoring patches of each image, shape ``(B, CALIBRATION_PATCHES, d)``."""
+    def calibration_patches(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Highest scoring patches of embeddings ``(B, h, w, d)``, shape ``(B, CALIBRATION_PATCHES, d)``."""
         chosen = []
-        for embedding in self.embed(images):
-            patches = embedding.flatten(0, 1)
+        for patches in embedding.flatten(1, 2):
             scores, _ = self.nearest_neighbors(patches)
             # Fewer patches than wanted: the lowest is repeated, which changes no maximum.
             order = scores.argsort(descending=True)[:CALIBRATION_PATCHES]
@@ -191,14 +216,20 @@ class ContinualPatchCoreModel(nn.Module):
         self.memory_bank, self.squares, self.owners = vectors.to(device), squares.to(device), owners.to(device)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The bank, and what it depends on, as tensors and plain data."""
-        self.bank.flush()
-        arrays, plain = self.bank.to_arrays()
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        """The bank, with the open stream, and what it depends on, as tensors and plain data."""
+        bank = copy.deepcopy(self.bank)  # saving in the middle of a stream does not change what follows
+        bank.flush()
+        arrays, plain = bank.to_arrays()
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {"backbone": self.backbone, "layers": self.layers, "tensors": tensors, "plain": plain}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`get_extra_state` gave.
+        """Load what :meth:`get_extra_state` gave; see :meth:`read_bank` for errors."""
+        self.bank = self.read_bank(state)
+        self.refresh()
+
+    def read_bank(self, state: dict[str, Any]) -> MemoryBank:
+        """Bank of a state that :meth:`get_extra_state` gave.
 
         Raises:
             ValueError: If the state is of another backbone or other layers, or damaged.
@@ -210,18 +241,13 @@ class ContinualPatchCoreModel(nn.Module):
                     f"make the model with {key}={state[key]!r}, or learn anew."
                 )
                 raise ValueError(msg)
-        self.bank = MemoryBank.from_arrays(
-            {name: tensor.numpy() for name, tensor in state["tensors"].items()},
-            state["plain"],
-        )
-        self.refresh()
+        arrays = {name: tensor.cpu().numpy() for name, tensor in state["tensors"].items()}
+        return MemoryBank.from_arrays(arrays, state["plain"])
 
 
 def image_hash(image: torch.Tensor) -> int:
-    """Hash of 64 bits of a normalised image of shape ``(3, H, W)``, rounded to 32 levels a unit."""
-    from hashlib import blake2b
-
-    levels = (image.detach() * 32).round().clamp(-128, 127).to(torch.int8).cpu().numpy()
+    """Hash of 64 bits of a normalised image of shape ``(3, H, W)``, rounded finer than the steps of 8 bits."""
+    levels = (image.detach() * 256).round().to(torch.int32).cpu().numpy()
     return int.from_bytes(blake2b(levels.tobytes(), digest_size=8).digest(), "big", signed=True)
 
 
