@@ -7,13 +7,14 @@ available; the update rule, the thresholds by variant and the one-shot views are
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch, ImageBatch, InferenceBatch
+from anomalib.data import AnomalibDataModule, Batch, ImageBatch, InferenceBatch
 from anomalib.data.utils import read_image
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
@@ -21,6 +22,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from PIL import Image
@@ -79,6 +81,10 @@ class ContinualPatchCore(AnomalibModule):
     """
 
     model: ContinualPatchCoreModel
+    _waiting: list[torch.Tensor]  # batches, until it is clear whether they are few
+    _recent: dict[str, list[torch.Tensor]]  # last learned images by variant
+    _validated: set[str]  # variants
+    _calibration: list[tuple[torch.Tensor, torch.Tensor]]  # patches and labels of validation batches
 
     def __init__(
         self,
@@ -119,8 +125,7 @@ class ContinualPatchCore(AnomalibModule):
         self.one_shot = one_shot
         self.variant = variant
         self.last_report: Report | None = None
-        self._calibration: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._few_images: list[torch.Tensor] = []
+        self._begin()
         self._continued_from: str | None = None
 
     @staticmethod
@@ -184,27 +189,33 @@ class ContinualPatchCore(AnomalibModule):
         Raises:
             ValueError: If an image is unreadable, too small, of unsuitable depth or not finite.
         """
-        tensors = _as_images(images)
-        known = self.model.bank.variants.get(variant or "")
-        few = self.one_shot and len(tensors) + (known.images if known else 0) <= FEW_IMAGES
-        prepared = []
+        items = _checked(images)
         was_training = self.training
         self.eval()
+        self._begin()
+        self._few = self._are_few(len(items), variant)
         try:
-            for image in tensors:
-                batch = image[None].to(self.device)
-                prepared.append((self.pre_processor(batch) if self.pre_processor else batch)[0])
-                self.model.learn(prepared[-1][None], variant, augment=few)
+            self._learn_items(items, variant)
             report = self._commit()
         except BaseException:
-            self.model.bank.discard()
+            self._undo()
             raise
         finally:
+            self._begin()
             self.train(was_training)
-        for name in report.variants:
-            self._calibrate_from_views(name, prepared)
-        self._refresh()
         return report
+
+    def _learn_items(self, items: Sequence[torch.Tensor | str | Path], variant: str | None) -> None:
+        # As a trainer does it; the pre-processor's own call is for exported models, and resizes less smoothly.
+        prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
+        for item in items:  # one by one, for they may be many and differ in size
+            image = item if isinstance(item, torch.Tensor) else _read(item)
+            self._waiting.append(prepare(image[None].to(self.device)))
+            self._learn_waiting(variant)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's callbacks, and one that undoes what a failed fit has learned."""
+        return [*cast("list[Callback]", super().configure_callbacks()), _UndoOnException()]
 
     def setup(self, stage: str) -> None:
         """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
@@ -214,38 +225,41 @@ class ContinualPatchCore(AnomalibModule):
             plugin = self.trainer.strategy.checkpoint_io
             if type(plugin) is AnomalibCheckpointIO:
                 self.trainer.strategy.checkpoint_io = AtomicCheckpointIO(plugin.extra_safe_globals)
+            datamodule = getattr(self.trainer, "datamodule", None)
+            if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
+                # With `val_split_mode=none`, Anomalib's own method fails instead of saying that there is nothing.
+                setattr(datamodule, "val_dataloader", lambda: [])  # noqa: B010, PIE807  # Lightning wants a function
 
     def on_train_epoch_start(self) -> None:
-        """Begin with an empty stream."""
-        self.model.bank.discard()
-        self._few_images = []
+        """Begin to learn."""
+        self._begin()
+        self._few = self.one_shot
 
     def training_step(self, batch: ImageBatch, *args, **kwargs) -> torch.Tensor:
         """Learn a batch of normal images."""
         del args, kwargs
         assert batch.image is not None
         _check_files(batch.image_path)
-        variant = self._variant_label
-        known = self.model.bank.variants.get(variant or "")
-        images = int(self.trainer.num_training_batches) * len(batch.image) + (known.images if known else 0)
-        self.model.learn(batch.image, variant, augment=self.one_shot and images <= FEW_IMAGES)
-        self._few_images = [*self._few_images, *batch.image][-FEW_IMAGES:]
+        self._waiting.append(batch.image)
+        # Once there are many, images need not wait any longer.
+        self._few = self._few and self._are_few(sum(map(len, self._waiting)), self._variant_label)
+        if not self._few:
+            self._learn_waiting(self._variant_label)
         # Lightning wants a loss.
         return torch.tensor(0.0, requires_grad=True, device=self.device)
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""
+        self._calibration = []
+        self._learn_waiting(self._variant_label)
         self.model.bank.flush()
         self.model.refresh()
 
     def on_train_epoch_end(self) -> None:
         """Bring the epoch's images into the bank and report."""
+        self._learn_waiting(self._variant_label)
         report = self._commit()
-        if not sum(self.trainer.num_val_batches):  # no validation will set the thresholds
-            for variant in report.variants:
-                self._calibrate_from_views(variant, self._few_images)
-        self._few_images = []
-        self._refresh()
+        self._begin()
         values = {
             "vectors": report.num_vectors,
             "radius_bound": report.radius_bound,
@@ -260,9 +274,42 @@ class ContinualPatchCore(AnomalibModule):
         for name, value in values.items():
             self.log(f"memory/{name}", float(value), prog_bar=name in shown)
 
+    def _begin(self) -> None:
+        """Begin to learn, from what is known now."""
+        bank = self.model.bank
+        bank.flush()
+        self._known = bank.variants, bank.image_hashes
+        self._few = False
+        self._waiting, self._recent, self._validated, self._calibration = [], {}, set(), []
+
+    def _are_few(self, images: int, variant: str | None) -> bool:
+        known = self.model.bank.variants.get(variant or "")
+        return self.one_shot and images + (known.images if known else 0) <= FEW_IMAGES
+
+    def _learn_waiting(self, variant: str | None) -> None:
+        for images in self._waiting:
+            names = self.model.learn(images, variant, augment=self._few)
+            for image, name in zip(images, names, strict=True):
+                if name is not None:
+                    self._recent[name] = [*self._recent.get(name, []), image][-FEW_IMAGES:]
+        self._waiting = []
+
+    def _undo(self) -> None:
+        """Forget what was learned since the beginning."""
+        bank = self.model.bank
+        bank.discard()
+        bank.variants, bank.image_hashes = self._known
+        self.model.refresh()
+        self._refresh()
+
     def _commit(self) -> Report:
+        """Bring what was learned into the bank, with thresholds, and report it."""
         report = self.model.bank.commit()
         self.model.refresh()
+        for variant, images in self._recent.items():
+            if variant not in self._validated:
+                self._calibrate_from_views(variant, images)
+        self._refresh()
         logger.info("%s", report)
         self.last_report = report
         return report
@@ -276,53 +323,52 @@ class ContinualPatchCore(AnomalibModule):
 
     # Thresholds
 
+    @torch.no_grad()
     def _calibrate_from_views(self, variant: str, images: list[torch.Tensor]) -> None:
         """Without a validation set, views that were not learned show how normal images score."""
-        known = self.model.bank.variants[variant].calibration
-        if not images or (known is not None and known.labels.any()):
+        bank = self.model.bank
+        known = bank.variants[variant].calibration
+        if known is not None and known.labels.any():
             return  # scores of real anomalies stay the better guide
-        images = images[-FEW_IMAGES:]
         views = torch.cat([
             augmented_views(image, max(1, FEW_IMAGES // len(images)), seed=NUM_VIEWS + i)
             for i, image in enumerate(images)
         ])
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            maps = [self.model(view[None]).anomaly_map for view in views]
-        patches = torch.cat([self.model.calibration_patches(view[None]) for view in views])
-        self.model.train(was_training)
-        highest, lowest = max(float(m.max()) for m in maps), min(float(m.min()) for m in maps)
-        labels = torch.zeros(len(views), dtype=torch.bool)
+        embeddings = [self.model.embed(view[None]) for view in views]
+        maps = torch.cat([self.model.judge(embedding, views.shape[-2:])[2] for embedding in embeddings])
+        patches = torch.cat([self.model.calibration_patches(embedding) for embedding in embeddings]).cpu().numpy()
+        lowest, highest = float(maps.min()), float(maps.max())
+        if known is not None:  # images learned earlier count as well
+            patches = np.concatenate([known.patches, patches])
+            _, known_lowest, known_highest = bank.thresholds(variant)["pixel"]
+            lowest, highest = np.fmin(lowest, known_lowest), np.fmax(highest, known_highest)
         # As Anomalib does when no image is anomalous: the highest normal score is the threshold.
-        self.model.bank.calibrate(variant, patches.cpu().numpy(), labels.numpy(), (highest, lowest, highest))
-
-    def on_validation_epoch_start(self) -> None:
-        """Collect anew."""
-        self._calibration = []
+        bank.calibrate(variant, patches, np.zeros(len(patches), dtype=bool), (highest, lowest, highest))
 
     def on_validation_epoch_end(self) -> None:
-        """Keep what sets the thresholds of the variant that was validated."""
-        collected, self._calibration = self._calibration, []
-        variant = self._variant_label or self._routed(collected)
-        if not collected or variant not in self.model.bank.variants:
+        """Keep what sets the thresholds of the variants that were validated."""
+        if not self._calibration:
             return
-        patches, labels = (torch.cat([part[i] for part in collected]).cpu().numpy() for i in (0, 1))
+        patches, labels = (torch.cat(parts).cpu() for parts in zip(*self._calibration, strict=True))
+        bank = self.model.bank
+        names = list(bank.variants)
+        if self._variant_label is None:  # each image belongs to the variant of most of its patches
+            _, index = self.model.nearest_neighbors(patches.to(self.device))
+            belongs = self.model.owners[index].mode(dim=1).values.cpu()
+        else:
+            known = self._variant_label in names
+            belongs = torch.full((len(labels),), names.index(self._variant_label) if known else -1)
         nan = float("nan")
         pixel = (nan, nan, nan)
         last = self.post_processor
         if isinstance(last, VariantPostProcessor):
             pixel = (float(last.pixel_threshold), float(last.pixel_min), float(last.pixel_max))
-        self.model.bank.calibrate(variant, patches, labels, pixel)
+        for position, name in enumerate(names):
+            chosen = belongs == position
+            if chosen.any():
+                bank.calibrate(name, patches[chosen].numpy(), labels[chosen].numpy(), pixel)
+                self._validated.add(name)
         self._refresh()
-
-    def _routed(self, collected: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
-        """Variant of most validation images, where none was named."""
-        if not collected:
-            return None
-        names = list(self.model.bank.variants)
-        _, index = self.model.nearest_neighbors(torch.cat([patches for patches, _ in collected]).flatten(0, 1))
-        return names[int(self.model.owners[index].bincount().argmax())]
 
     def _refresh(self) -> None:
         if isinstance(self.post_processor, VariantPostProcessor):
@@ -333,23 +379,25 @@ class ContinualPatchCore(AnomalibModule):
     def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
         """Score a batch and keep what calibrates the thresholds."""
         del args, kwargs
+        embedding = self.model.embed(cast("torch.Tensor", batch.image))
+        result = self._judge(batch, embedding)
         if batch.gt_label is not None:
-            self._calibration.append((self.model.calibration_patches(batch.image), batch.gt_label.bool()))
-        return self._judge(batch)
+            self._calibration.append((self.model.calibration_patches(embedding), batch.gt_label.bool()))
+        return result
 
     def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
         """Score a batch."""
         del args, kwargs, batch_idx
-        return self._judge(batch)
+        return self._judge(batch, self.model.embed(batch.image))
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch."""
         del batch_idx, dataloader_idx
-        return self._judge(batch)
+        return self._judge(batch, self.model.embed(batch.image))
 
-    def _judge(self, batch: Batch) -> Batch:
+    def _judge(self, batch: Batch, embedding: torch.Tensor) -> Batch:
         _check_files(getattr(batch, "image_path", None))
-        predictions = self.model(batch.image)
+        predictions = self.model.judge(embedding, cast("torch.Tensor", batch.image).shape[-2:])
         batch.update(**predictions._asdict())
         setattr(batch, "variant", predictions.variant)  # noqa: B010  # for the post-processor; no field of Anomalib's
         return batch
@@ -362,32 +410,64 @@ class ContinualPatchCore(AnomalibModule):
         Raises:
             ValueError: If the checkpoint is of another model.
         """
-        if "model._extra_state" not in checkpoint["state_dict"]:
-            keys = list(checkpoint["state_dict"])
+        trainer = self._trainer
+        path = str(trainer.ckpt_path) if trainer is not None else None
+        if trainer is not None and trainer.state.fn == TrainerFn.TESTING and path == self._continued_from:
+            # `Engine.train` tests with the checkpoint that it started from; going back there would lose the learned.
+            logger.warning("Testing what was learned on top of %s; load it into a new model to test it alone.", path)
+            checkpoint["state_dict"] = self.state_dict()
+            checkpoint.pop("callbacks", None)  # with the thresholds and the path of the old checkpoint
+            self._continued_from = None
+            return
+        self._read_bank(checkpoint["state_dict"])  # before anything of it is taken over
+        super().on_load_checkpoint(checkpoint)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            # Or the trainer believes that the epoch is over, and its callbacks that the best is saved already.
+            checkpoint.pop("loops", None)
+            checkpoint.pop("callbacks", None)
+            self._continued_from = path
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+        """Load weights and bank, or nothing if they do not fit; thresholds follow from the bank."""
+        before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
+        bank = self.model.bank
+        self._read_bank(state_dict)  # first, for differing shapes of the backbone would hide the reason
+        try:
+            result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except Exception:
+            for tensor, value in before:
+                tensor.data.copy_(value)
+            self.model.bank = bank
+            self.model.refresh()
+            raise
+        self._begin()
+        self._refresh()
+        return result
+
+    def _read_bank(self, state_dict: Mapping[str, Any]) -> None:
+        if "model._extra_state" not in state_dict:
+            keys = list(state_dict)
             msg = (
                 "The checkpoint is not of ContinualPatchCore: it holds no memory bank of variants. It has "
                 f"{len(keys)} tensors, such as {keys[:3]}. Load it with the model that it was made with."
             )
             raise ValueError(msg)
-        super().on_load_checkpoint(checkpoint)
-        trainer = self._trainer
-        path = str(trainer.ckpt_path) if trainer is not None else None
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            checkpoint.pop("loops", None)  # or the trainer believes that the epoch is over
-            self._continued_from = path
-        elif trainer is not None and trainer.state.fn == TrainerFn.TESTING and path == self._continued_from:
-            # `Engine.train` tests with the checkpoint that it started from; going back there would lose the learned.
-            logger.warning("Testing what was learned on top of %s; load it into a new model to test it alone.", path)
-            checkpoint["state_dict"] = self.state_dict()
-            self._continued_from = None
+        self.model.read_bank(state_dict["model._extra_state"])
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
-        """Load weights and bank; thresholds follow from the bank."""
-        # Checked first, for differing shapes of the backbone would hide the reason.
-        self.model.set_extra_state(state_dict["model._extra_state"])
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self._refresh()
-        return result
+
+class _UndoOnException(Callback):
+    """After a fit that failed, what was known before remains."""
+
+    def on_exception(  # noqa: PLR6301  # Lightning's hook
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Undo it."""
+        del exception
+        if trainer.state.fn == TrainerFn.FITTING and isinstance(pl_module, ContinualPatchCore):
+            pl_module._undo()  # noqa: SLF001  # its own module
 
 
 class AtomicCheckpointIO(AnomalibCheckpointIO):
@@ -395,22 +475,34 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
         """Save as Lightning does, then replace ``path`` at once."""
+        if storage_options is not None or "://" in str(path):  # a remote file has no directory to rename in
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
         path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.tmp")  # always the same, so that the next save removes a killed one's
         try:
-            super().save_checkpoint(checkpoint, beside, storage_options)
-            with beside.open("rb+") as file:
+            with beside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
+        if os.name == "posix":  # elsewhere a directory cannot be synced
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
 
 
 def _check_files(paths: Sequence[str] | None) -> None:
     """Refuse image files that Anomalib would read as something else than what they show."""
     for path in paths or ():
-        with Image.open(path) as image:
-            width, height, mode = *image.size, image.mode
+        try:
+            with Image.open(path) as image:
+                width, height, mode = *image.size, image.mode
+        except OSError:  # whoever reads the pixels says so, or needs no such file
+            continue
         if min(width, height) < SMALLEST_SIDE:
             msg = f"{path} has {width} x {height} pixels; at least {SMALLEST_SIDE} each way are needed to judge it."
             raise ValueError(msg)
@@ -422,34 +514,36 @@ def _check_files(paths: Sequence[str] | None) -> None:
             raise ValueError(msg)
 
 
-def _as_images(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[torch.Tensor]:
-    """Images of shape ``(3, H, W)`` in [0, 1] from a batch or from files."""
-    if isinstance(images, torch.Tensor):
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            msg = f"Images must be floats of shape (B, 3, H, W), got {images.dtype} of {tuple(images.shape)}."
+def _checked(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[torch.Tensor] | list[str | Path]:
+    """Images of shape ``(3, H, W)`` in [0, 1], or the paths of images."""
+    if not isinstance(images, torch.Tensor):
+        items = [images] if isinstance(images, str | Path) else list(images)
+        if not items:
+            msg = "There are no images to learn."
             raise ValueError(msg)
-        if min(images.shape[-2:]) < SMALLEST_SIDE:
-            msg = f"Images must have at least {SMALLEST_SIDE} pixels each way, got {tuple(images.shape[-2:])}."
-            raise ValueError(msg)
-        if not torch.isfinite(images).all():
-            msg = "Images hold NaN or infinite values; none of them was learned."
-            raise ValueError(msg)
-        if len(images) and (images.min() < 0 or images.max() > 1):
-            msg = f"Images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}."
-            raise ValueError(msg)
-        tensors = list(images)
-    else:
-        tensors = [_read(path) for path in ([images] if isinstance(images, str | Path) else images)]
-    if not tensors:
+        return items
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        msg = f"Images must be floats of shape (B, 3, H, W), got {images.dtype} of {tuple(images.shape)}."
+        raise ValueError(msg)
+    if not len(images):
         msg = "There are no images to learn."
         raise ValueError(msg)
-    return tensors
+    if min(images.shape[-2:]) < SMALLEST_SIDE:
+        msg = f"Images must have at least {SMALLEST_SIDE} pixels each way, got {tuple(images.shape[-2:])}."
+        raise ValueError(msg)
+    if not torch.isfinite(images).all():
+        msg = "Images hold NaN or infinite values; none of them was learned."
+        raise ValueError(msg)
+    if images.min() < 0 or images.max() > 1:
+        msg = f"Images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}."
+        raise ValueError(msg)
+    return list(images)
 
 
 def _read(path: str | Path) -> torch.Tensor:
+    _check_files([str(path)])
     try:
-        _check_files([str(path)])
         return read_image(path, as_tensor=True)
-    except OSError as error:  # Pillow's error for an unreadable image is one too
+    except (OSError, SyntaxError) as error:  # Pillow's errors for unreadable images
         msg = f"{path} cannot be read as an image: {error}. Nothing of this call was learned."
         raise ValueError(msg) from error
