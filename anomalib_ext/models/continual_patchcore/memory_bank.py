@@ -17,7 +17,7 @@ Gonzalez' farthest-first traversal (1985); the incremental rule around it is our
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ POOL_EXTRA = 8192
 CALIBRATION_PATCHES = 8
 CALIBRATION_IMAGES = 32  # of each label
 REMEMBERED_IMAGES = 65_536
+# Squares of larger values, summed over a patch, would leave the range of float32.
+LARGEST_VALUE = 1e15
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Report:
     Attributes:
         variants: Images learned by variant.
         known_images: Images left out because they had been learned before.
-        added: Vectors added by variant.
-        removed: Vectors removed by variant.
+        added: Vectors that a variant has more than before.
+        removed: Vectors that a variant has less than before.
         radius_bound: Every patch ever learned lies within this distance of some vector.
         num_vectors: Vectors in the bank.
         nbytes: Bytes of the bank and its calibration.
@@ -201,14 +203,7 @@ def nearest(queries: Array, references: Array) -> tuple[Array, NDArray[np.int64]
 
 
 def equal_scaled_radius(variants: Mapping[str, Variant], size: int) -> dict[str, int]:
-    """Divide `size` vectors among variants: one threshold on radius / scale.
-
-    Raises:
-        ValueError: If there are more variants than vectors to give.
-    """
-    if len(variants) > size:
-        msg = f"A memory of {size} vectors cannot hold {len(variants)} variants; use a larger memory_size."
-        raise ValueError(msg)
+    """Divide `size` vectors among at most as many variants: one threshold on radius / scale."""
     scaled = {name: variant.radii / variant.scale for name, variant in variants.items()}
     together = np.concatenate([*scaled.values(), np.zeros(0, np.float32)])
     if len(together) <= size:
@@ -224,14 +219,25 @@ def _spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
     return indices[np.linspace(0, len(indices) - 1, CALIBRATION_IMAGES).astype(int)]
 
 
-def _charge(points: Array, covers: Array, radii: Array, keep: int, resolution: float) -> Array:
+def _rounded(vectors: Array, dtype: np.dtype) -> tuple[Array, Array]:
+    """Vectors as `dtype` holds them, and the distance by which each was moved."""
+    rounded = vectors.astype(dtype)
+    return rounded, np.linalg.norm(rounded.astype(np.float32) - vectors, axis=1)
+
+
+def _charge(points: Array, covers: Array, dropped: Array, dropped_covers: Array) -> None:
+    """Raise `covers` until `points` stand for all that `dropped`, each charged to its nearest point, stood for."""
+    if len(dropped):
+        distances, index = nearest(dropped, points)
+        np.maximum.at(covers, index, distances + dropped_covers)
+
+
+def _covers_after_cut(points: Array, covers: Array, radii: Array, keep: int, resolution: float) -> Array:
     """Covers of the first `keep` points, ordered by radius, once the rest is charged to the seniors among them."""
-    covers_kept = covers[:keep].copy()
-    if len(points) > keep:
-        seniors = max(1, int((radii[:keep] >= SENIORITY * resolution).sum()))
-        distances, index = nearest(points[keep:], points[:seniors])
-        np.maximum.at(covers_kept, index, distances + covers[keep:])
-    return covers_kept
+    seniors = max(1, int((radii[:keep] >= SENIORITY * resolution).sum()))
+    kept = covers[:keep].copy()
+    _charge(points[:seniors], kept[:seniors], points[keep:], covers[keep:])
+    return kept
 
 
 def _cut(variant: Variant, keep: int) -> Variant:
@@ -240,45 +246,53 @@ def _cut(variant: Variant, keep: int) -> Variant:
         return variant
     resolution = max(variant.resolution, float(variant.radii[keep]))
     vectors = variant.vectors.astype(np.float32, copy=False)
-    covers = _charge(vectors, variant.covers, variant.radii, keep, resolution)
     # Copies, so that the memory of what was cut is given back.
     return replace(
         variant,
         vectors=variant.vectors[:keep].copy(),
         radii=variant.radii[:keep].copy(),
-        covers=covers,
+        covers=_covers_after_cut(vectors, variant.covers, variant.radii, keep, resolution),
         resolution=resolution,
     )
 
 
-def _drop_duplicates(points: Array, radii: Array) -> NDArray[np.bool_]:
+def _scale(radii: Array, known: Variant | None) -> float:
+    """Scale of a variant with vectors of these falling radii, of which the first is infinite."""
+    picks = radii[1 : SCALE_PICKS + 1]
+    if known is not None and known.resolution > 0 and len(picks) < SCALE_PICKS:
+        return known.scale  # measured before it was cut too short to measure
+    return max(float(picks.mean()), 1e-6) if len(picks) else 1.0
+
+
+def _is_first(points: Array, radii: Array) -> NDArray[np.bool_]:
     """Mask of the points, in order of radius, that do not repeat an earlier one up to rounding."""
     import faiss
 
     norm = float(np.linalg.norm(points, axis=1).mean())
-    unique = np.ones(len(points), dtype=bool)
+    first = np.ones(len(points), dtype=bool)
     # A matrix product cannot tell radii this small from zero, so these are looked at again.
-    suspects = np.flatnonzero(radii < 1e-2 * norm)
+    suspects = np.flatnonzero(radii <= 1e-2 * norm)
     if len(suspects):
         neighbors = faiss.knn(points[suspects], points, min(4, len(points)))[1]
         gaps = np.linalg.norm(points[neighbors] - points[suspects][:, None], axis=2)
-        unique[suspects] = ~((gaps <= 1e-6 * norm) & (neighbors < suspects[:, None])).any(axis=1)
-    return unique
+        first[suspects] = ~((gaps <= 1e-6 * norm) & (neighbors < suspects[:, None])).any(axis=1)
+    return first
 
 
 class _Stream:
     """Patches of one variant on their way into the bank, in bounded memory."""
 
-    def __init__(self, name: str, known: Variant | None, dimension: int, capacity: int) -> None:
+    def __init__(self, name: str, known: Variant | None, dimension: int, capacity: int, dtype: np.dtype) -> None:
         self.name = name
         self.known = known
-        self.capacity = max(capacity, len(known.radii) if known else 0)
+        self.capacity = capacity
+        self.dtype = dtype
         self.points = np.empty((0, dimension), np.float32)
         self.radii = np.empty(0, np.float32)  # 0 for points that farthest-first has not seen yet
         self.covers = np.empty(0, np.float32)
         self.resolution = 0.0
         self.images = 0
-        self.hashes: list[int] = []
+        self.hashes: deque[int] = deque(maxlen=REMEMBERED_IMAGES)
         self.seconds = 0.0
         if known is not None:
             self.points = known.vectors.astype(np.float32)
@@ -290,22 +304,25 @@ class _Stream:
         covers = np.zeros(len(patches), np.float32) if covers is None else covers
         for start in range(0, len(patches), self.capacity):
             chunk = slice(start, start + self.capacity)
-            self._absorb(np.ascontiguousarray(patches[chunk], dtype=np.float32), covers[chunk])
+            # As the bank will hold them, so that what is learned again coincides with what is there.
+            rounded, moved = _rounded(patches[chunk], self.dtype)
+            self._absorb(np.ascontiguousarray(rounded, dtype=np.float32), covers[chunk] + moved)
 
     def _absorb(self, patches: Array, covers: Array) -> None:
         if self._index is not None:
-            squares, index = self._index.search(patches, 1)
+            squares, found = self._index.search(patches, 1)
+            index = found[:, 0]
             # The index may miss the nearest point, which costs at most a vector too many in the pool.
-            distances = np.where(index[:, 0] < 0, np.float32(np.inf), np.sqrt(np.maximum(squares[:, 0], 0)))
+            distances = np.where(index < 0, np.float32(np.inf), np.sqrt(np.maximum(squares[:, 0], 0)))
             known = distances <= self.resolution
-            np.maximum.at(self.covers, index[known, 0], distances[known] + covers[known])
+            # The index subtracts large squares; what is charged is taken directly.
+            exact = np.linalg.norm(patches[known] - self.points[index[known]], axis=1)
+            np.maximum.at(self.covers, index[known], exact + covers[known])
             patches, covers, distances = patches[~known], covers[~known], distances[~known]
             picks, _ = farthest_first(patches, len(patches), distances, stop=self.resolution)
             rest = np.setdiff1d(np.arange(len(patches)), picks)
             new, new_covers = patches[picks], covers[picks]
-            if len(rest):  # within the resolution of a pick
-                distances, index = nearest(patches[rest], new)
-                np.maximum.at(new_covers, index, distances + covers[rest])
+            _charge(new, new_covers, patches[rest], covers[rest])  # within the resolution of a pick
             patches, covers = new, new_covers
             if len(patches):
                 self._index.add(patches)
@@ -319,38 +336,40 @@ class _Stream:
     def select(self, size: int) -> None:
         """Reduce the pool to `size` points in order of insertion radius, seniors keeping their seat."""
         points, radii, covers = self.points, self.radii, self.covers
-        seated = radii >= SENIORITY * self.resolution if self.resolution > 0 else np.zeros(len(radii), bool)
+        seated = (radii >= SENIORITY * self.resolution) & (self.resolution > 0)
         rest = np.flatnonzero(~seated)
-        if seated.any():
-            distances = nearest(points[rest], points[seated])[0] if len(rest) else None
-            picks, picked_radii = farthest_first(points[rest], size + 1, distances) if len(rest) else (rest, radii[:0])
-        else:
-            picks, picked_radii = farthest_first(points, size + 1)
+        distances = nearest(points[rest], points[seated])[0] if seated.any() and len(rest) else None
+        picks, picked_radii = farthest_first(points[rest], size + 1, distances)
         unpicked = np.setdiff1d(np.arange(len(rest)), picks)
         order = np.concatenate([np.flatnonzero(seated), rest[picks], rest[unpicked]])
         radii = np.concatenate([radii[seated], picked_radii, np.zeros(len(unpicked), np.float32)])
         by_radius = np.argsort(-radii, kind="stable")
         order, radii = order[by_radius], radii[by_radius]
         points, covers = points[order], covers[order]
-        unique = _drop_duplicates(points, radii)
-        points, radii, covers = points[unique], radii[unique], covers[unique]
+        first = _is_first(points, radii)
+        repeated, repeated_covers = points[~first], covers[~first]
+        points, radii, covers = points[first], radii[first], covers[first]
+        _charge(points, covers, repeated, repeated_covers)
         if len(points) > size:
             self.resolution = max(self.resolution, float(radii[size]))
-            covers = _charge(points, covers, radii, size, self.resolution)
+            covers = _covers_after_cut(points, covers, radii, size, self.resolution)
             points, radii = points[:size].copy(), radii[:size].copy()
         self.points, self.radii, self.covers = points, radii, covers
 
-    def result(self, size: int, dtype: np.dtype) -> Variant:
-        """The variant with at most `size` vectors; the stream is used up."""
-        self.select(size)
-        picks = self.radii[1 : SCALE_PICKS + 1]
-        vectors = self.points.astype(dtype)
-        rounding = np.linalg.norm(vectors.astype(np.float32) - self.points, axis=1)
+    def scale(self) -> float:
+        """Scale of the variant as it is so far."""
+        if self.known is not None:
+            return self.known.scale
+        return _scale(farthest_first(self.points, SCALE_PICKS + 1)[1], None)
+
+    def result(self, size: int) -> Variant:
+        """The variant with at most `size` vectors, or as many as its scale takes; the stream is used up."""
+        self.select(max(size, SCALE_PICKS + 1))
         return Variant(
-            vectors=vectors,
+            vectors=self.points.astype(self.dtype, copy=False),
             radii=self.radii,
-            covers=self.covers + rounding,
-            scale=max(float(picks.mean()), 1e-6) if len(picks) else 1.0,
+            covers=self.covers,
+            scale=_scale(self.radii, self.known),
             resolution=self.resolution,
             images=self.images + (self.known.images if self.known else 0),
             calibration=self.known.calibration if self.known else None,
@@ -364,14 +383,13 @@ class _Stream:
         dimension = self.points.shape[1]
         flat = faiss.IndexFlatL2(dimension)
         index: Any = flat
-        if (
-            len(self.points) >= 2048
-        ):  # the first picks of farthest-first are well spread, as good as trained centroids and free
-            flat.add(np.ascontiguousarray(self.points[:128]))
+        if len(self.points) >= 2048:
+            # The first picks of farthest-first are well spread: as good as trained centroids, and free.
+            flat.add(self.points[:128])
             index = faiss.IndexIVFFlat(flat, dimension, 128)
             index.nprobe = 4
             self._quantizer = flat  # faiss does not keep it alive
-        index.add(np.ascontiguousarray(self.points))
+        index.add(self.points)
         return index
 
 
@@ -389,12 +407,15 @@ class MemoryBank:
         variants: The bank's content by variant name, in order of arrival.
 
     Raises:
-        ValueError: If `size` is not positive.
+        ValueError: If `size` is not positive, or `dtype` neither float32 nor float16.
     """
 
     def __init__(self, size: int, dtype: str = "float32") -> None:
         if size < 1:
             msg = f"memory_size must be at least 1, got {size}."
+            raise ValueError(msg)
+        if dtype not in {"float32", "float16"}:
+            msg = f"precision must be 'float32' or 'float16', got {dtype!r}."
             raise ValueError(msg)
         self.size = size
         self.dtype = np.dtype(dtype)
@@ -402,6 +423,8 @@ class MemoryBank:
         self.image_hashes: NDArray[np.int64] = np.empty(0, np.int64)
         self._stream: _Stream | None = None
         self._report = Report()
+        # What `discard` goes back to, once something was brought into the bank since the last commit.
+        self._before: tuple[dict[str, Variant], NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         """Number of vectors."""
@@ -460,7 +483,8 @@ class MemoryBank:
             Name of the variant, None if the image was known.
 
         Raises:
-            ValueError: If `patches` are not finite, not of shape `(n, d)`, or of another dimension than the bank's.
+            ValueError: If `patches` are not of shape `(n, d)`, of another dimension than the bank's, not finite or too
+                large, or if the bank has no room for another variant. Nothing was learned then.
         """
         self._validate(patches)
         if image_hash is not None and self.knows(image_hash):
@@ -469,12 +493,13 @@ class MemoryBank:
         start = time.perf_counter()
         if variant is None:
             variant = self.identify(patches) or self._new_name()
+        self._check_room([variant])
         if self._stream is not None and self._stream.name != variant:
             self.flush()
         if self._stream is None:
             capacity = 2 * self.size + POOL_EXTRA
-            self._stream = _Stream(variant, self.variants.get(variant), patches.shape[1], capacity)
-        self._stream.absorb(patches, covers)
+            self._stream = _Stream(variant, self.variants.get(variant), patches.shape[1], capacity, self.dtype)
+        self._stream.absorb(patches.astype(np.float32, copy=False), covers)
         self._stream.images += 1
         if image_hash is not None:
             self._stream.hashes.append(image_hash)
@@ -489,6 +514,12 @@ class MemoryBank:
         """
         self.flush()
         report, self._report = self._report, Report()
+        before = self._before[0] if self._before else self.variants
+        self._before = None
+        for name, variant in self.variants.items():
+            more = len(variant.radii) - (len(before[name].radii) if name in before else 0)
+            if more:
+                (report.added if more > 0 else report.removed)[name] = abs(more)
         report.radius_bound, report.num_vectors, report.nbytes = self.radius_bound, len(self), self.nbytes
         return report
 
@@ -496,6 +527,8 @@ class MemoryBank:
         """Forget what was learned since the last commit."""
         self._stream = None
         self._report = Report()
+        if self._before is not None:
+            (self.variants, self.image_hashes), self._before = self._before, None
 
     def flush(self) -> None:
         """Bring what was learned into the bank and go on; :meth:`commit` reports it later."""
@@ -503,20 +536,18 @@ class MemoryBank:
         if stream is None:
             return
         start = time.perf_counter()
-        variants = {**self.variants, stream.name: stream.result(self.size, self.dtype)}
-        counts = {name: len(variant.radii) for name, variant in self.variants.items()}
-        shares = equal_scaled_radius(variants, self.size)
-        variants = {name: _cut(variant, shares[name]) for name, variant in variants.items()}
-        self.variants, self._stream = variants, None
-        self.image_hashes = np.concatenate([self.image_hashes, np.array(stream.hashes, np.int64)])[-REMEMBERED_IMAGES:]
-        for name, variant in variants.items():
-            difference = len(variant.radii) - counts.get(name, 0)
-            if difference > 0:
-                self._report.added[name] += difference
-            elif difference < 0:
-                self._report.removed[name] -= difference
+        self._store({stream.name: stream.result(self.size)}, np.array(stream.hashes, np.int64))
+        self._stream = None
         self._report.variants[stream.name] += stream.images
         self._report.seconds += stream.seconds + time.perf_counter() - start
+
+    def _store(self, variants: Mapping[str, Variant], image_hashes: NDArray[np.int64]) -> None:
+        """Take in new or changed variants, dividing the budget anew, and remember the images."""
+        variants = {**self.variants, **variants}
+        shares = equal_scaled_radius(variants, self.size)
+        self._before = self._before or (self.variants, self.image_hashes)
+        self.variants = {name: _cut(variant, shares[name]) for name, variant in variants.items()}
+        self.image_hashes = np.concatenate([self.image_hashes, image_hashes])[-REMEMBERED_IMAGES:]
 
     def identify(self, patches: Array) -> str | None:
         """Variant to which an image belongs, or None if it is of no variant in the bank.
@@ -527,58 +558,52 @@ class MemoryBank:
         Args:
             patches: Patch embeddings of one image, shape `(n, d)`.
         """
-        candidates = dict(self.variants)
-        if self._stream is not None and self._stream.images:
+        known = {name: (variant.vectors, variant.scale) for name, variant in self.variants.items()}
+        if self._stream is not None:
             # The open stream counts as if it were committed, only without the cost of it.
-            known = candidates.get(self._stream.name)
-            picks = farthest_first(self._stream.points, SCALE_PICKS + 1)[1][1:]
-            scale = known.scale if known else (float(picks.mean()) if len(picks) else 1.0)
-            candidates[self._stream.name] = Variant(
-                self._stream.points,
-                self._stream.radii,
-                self._stream.covers,
-                scale,
-                self._stream.resolution,
-                self._stream.images,
-            )
-        if not candidates:
+            known[self._stream.name] = (self._stream.points, self._stream.scale())
+        if not known:
             return None
-        vectors = np.concatenate([variant.vectors for variant in candidates.values()]).astype(np.float32, copy=False)
-        owners = np.repeat(np.arange(len(candidates)), [len(variant.radii) for variant in candidates.values()])
-        distances, index = nearest(patches, vectors)
-        owner = int(np.bincount(owners[index]).argmax())
-        name = list(candidates)[owner]
-        return name if distances.mean() <= candidates[name].scale else None
+        distances, index = nearest(patches, np.concatenate([vectors for vectors, _ in known.values()]))
+        owners = np.repeat(np.arange(len(known)), [len(vectors) for vectors, _ in known.values()])
+        name = list(known)[int(np.bincount(owners[index]).argmax())]
+        return name if distances.mean() <= known[name][1] else None
 
     def merge(self, other: MemoryBank) -> Report:
         """Learn all that another bank of the same backbone knows.
 
         Args:
-            other: Bank to learn from; it stays as it is.
+            other: Bank to learn from, without what is still in its stream; it stays as it is.
 
         Returns:
-            What changed.
+            What changed since the last commit.
+
+        Raises:
+            ValueError: If the banks are of different dimensions, or there is no room for all variants. Nothing was
+                changed then.
         """
-        self.commit()
+        if other.variants:
+            self._validate(other.vectors)
+        self._check_room(other.variants)
+        self.flush()
+        unknown: dict[str, Variant] = {}
         for name, variant in other.variants.items():
-            known = self.variants.get(name)
-            if known is None:
-                shares = equal_scaled_radius({**self.variants, name: variant}, self.size)
-                merged = {**self.variants, name: variant}
-                self._report.added[name] += shares[name]
-                for key, share in shares.items():
-                    if key in self.variants and share < len(self.variants[key].radii):
-                        self._report.removed[key] += len(self.variants[key].radii) - share
-                self.variants = {key: _cut(value, shares[key]) for key, value in merged.items()}
-                self._report.variants[name] += variant.images
-                continue
-            self.learn(variant.vectors.astype(np.float32), name, covers=variant.covers)
-            assert self._stream is not None
-            self._stream.images = variant.images
-            self.flush()
-            if variant.calibration is not None and known.calibration is None:
-                self.variants[name] = replace(self.variants[name], calibration=variant.calibration)
-        self.image_hashes = np.unique(np.concatenate([self.image_hashes, other.image_hashes]))[-REMEMBERED_IMAGES:]
+            if name not in self.variants:
+                vectors, moved = _rounded(variant.vectors, self.dtype)
+                unknown[name] = replace(variant, vectors=vectors, covers=variant.covers + moved)
+        hashes = other.image_hashes[~np.isin(other.image_hashes, self.image_hashes)]
+        for name, variant in other.variants.items():
+            if name in self.variants:
+                self.learn(variant.vectors.astype(np.float32), name, covers=variant.covers)
+                assert self._stream is not None
+                self._stream.images = variant.images
+                self.flush()
+                known = self.variants[name]
+                if known.calibration is None:
+                    self.variants[name] = replace(known, calibration=variant.calibration)
+        self._store(unknown, hashes)
+        for name, variant in unknown.items():
+            self._report.variants[name] += variant.images
         return self.commit()
 
     def calibrate(
@@ -595,9 +620,18 @@ class MemoryBank:
             patches: Highest scoring patches of each image, shape `(n, CALIBRATION_PATCHES, d)`.
             labels: Whether each image is anomalous, shape `(n,)`.
             pixel: Pixel threshold, minimum and maximum of the anomaly maps of these images.
+
+        Raises:
+            ValueError: If `patches` are not finite or not of the shape above.
         """
+        shape = (len(labels), CALIBRATION_PATCHES, self.variants[variant].vectors.shape[1])
+        if patches.shape != shape or not np.isfinite(patches).all():
+            msg = f"Calibration patches must be finite and of shape {shape}, got {patches.shape}."
+            raise ValueError(msg)
         chosen = np.sort(np.concatenate([_spread(np.flatnonzero(labels == label)) for label in (False, True)]))
-        patches = patches[chosen].astype(np.float16)
+        patches = patches[chosen].astype(np.float32)
+        if np.abs(patches).max(initial=0) <= np.finfo(np.float16).max:
+            patches = patches.astype(np.float16)  # precise enough for scores
         calibration = Calibration(patches, labels[chosen].astype(bool), self._scores(patches), pixel)
         self.variants = {**self.variants, variant: replace(self.variants[variant], calibration=calibration)}
 
@@ -640,16 +674,16 @@ class MemoryBank:
             np.empty(0, bool),
             np.empty(0, np.float32),
         )
-        calibrations = [variant.calibration or empty for variant in variants] or [empty]
+        calibrations = [variant.calibration or empty for variant in variants]
         nothing = np.empty(0, np.float32)
         arrays = {
             "vectors": np.concatenate([np.empty((0, dimension), self.dtype), *(v.vectors for v in variants)]),
             "radii": np.concatenate([nothing, *(v.radii for v in variants)]),
             "covers": np.concatenate([nothing, *(v.covers for v in variants)]),
-            "calibration_patches": np.concatenate([c.patches for c in calibrations]),
-            "calibration_labels": np.concatenate([c.labels for c in calibrations]),
-            "calibration_scores": np.concatenate([c.scores for c in calibrations]),
-            "calibration_pixels": np.array([c.pixel for c in calibrations], np.float32),
+            "calibration_patches": np.concatenate([empty.patches, *(c.patches for c in calibrations)]),
+            "calibration_labels": np.concatenate([empty.labels, *(c.labels for c in calibrations)]),
+            "calibration_scores": np.concatenate([empty.scores, *(c.scores for c in calibrations)]),
+            "calibration_pixels": np.array([c.pixel for c in calibrations], np.float64).reshape(-1, 3),
             "image_hashes": self.image_hashes,
         }
         plain = {
@@ -675,7 +709,7 @@ class MemoryBank:
         """Inverse of :meth:`to_arrays`.
 
         Raises:
-            ValueError: If the state is of a newer schema, damaged, or not finite.
+            ValueError: If the state is of another schema, or damaged.
         """
         version = plain.get("schema_version")
         if version != SCHEMA_VERSION:
@@ -684,19 +718,17 @@ class MemoryBank:
                 "use the version that wrote it, or a newer one."
             )
             raise ValueError(msg)
-        bank = cls(plain["size"], plain["dtype"])
-        entries = plain["variants"]
-        counts = [entry["vectors"] for entry in entries]
-        lengths = {len(arrays[key]) for key in ("vectors", "radii", "covers")}
-        if lengths != {sum(counts)} or sum(counts) > bank.size or not np.isfinite(arrays["vectors"]).all():
-            msg = (
-                f"The memory bank is damaged: {sum(counts)} vectors announced, {sorted(lengths)} found, at most "
-                f"{bank.size} allowed, and all must be finite. Use an undamaged copy of the file."
-            )
+        try:
+            bank = cls(plain["size"], plain["dtype"])
+            problems = _contradictions(arrays, plain)
+        except KeyError as error:
+            problems = [f"{error} is missing"]
+        if problems:
+            msg = f"The memory bank is damaged: {'; '.join(problems)}. Use an undamaged copy of the file."
             raise ValueError(msg)
-        bank.image_hashes = np.asarray(arrays["image_hashes"])
+        bank.image_hashes = np.array(arrays["image_hashes"])
         first = image = 0
-        for position, entry in enumerate(entries):
+        for position, entry in enumerate(plain["variants"]):
             part = slice(first, first + entry["vectors"])
             images = slice(image, image + entry["calibration_images"])
             first, image = part.stop, images.stop
@@ -720,14 +752,20 @@ class MemoryBank:
             )
         return bank
 
+    @property
+    def _dimension(self) -> int | None:
+        """Dimension of all that was learned, None before anything was."""
+        if self._stream is not None:
+            return self._stream.points.shape[1]
+        return next((variant.vectors.shape[1] for variant in self.variants.values()), None)
+
     def _validate(self, patches: Array) -> None:
-        if patches.ndim != 2 or not len(patches):
+        if patches.ndim != 2 or not patches.size:
             msg = f"Patch embeddings must have the shape (patches, dimension), got {patches.shape}."
             raise ValueError(msg)
-        dimensions = {variant.vectors.shape[1] for variant in self.variants.values()}
-        if dimensions and dimensions != {patches.shape[1]}:
+        if self._dimension not in {None, patches.shape[1]}:
             msg = (
-                f"Patch embeddings have dimension {patches.shape[1]}, the memory bank has {dimensions.pop()}: "
+                f"Patch embeddings have dimension {patches.shape[1]}, the memory bank has {self._dimension}: "
                 "it was learned with another backbone or other layers."
             )
             raise ValueError(msg)
@@ -737,10 +775,73 @@ class MemoryBank:
                 "Look for NaN in the image, or for damaged backbone weights."
             )
             raise ValueError(msg)
+        limit = min(LARGEST_VALUE, float(np.finfo(self.dtype).max))
+        if np.abs(patches).max() > limit:
+            msg = (
+                f"Patch embeddings reach {np.abs(patches).max():.3g}, a memory bank of precision {self.dtype.name} "
+                f"holds values up to {limit:.3g}. Use precision float32, or other layers of the backbone."
+            )
+            raise ValueError(msg)
+
+    def _check_room(self, names: Iterable[str]) -> None:
+        """Refuse variants for which not even one vector each is left."""
+        variants = {*self.variants, *names, *([self._stream.name] if self._stream else [])}
+        if len(variants) > self.size:
+            msg = f"A memory of {self.size} vectors cannot hold {len(variants)} variants; use a larger memory_size."
+            raise ValueError(msg)
 
     def _new_name(self) -> str:
         taken: Iterable[str] = [*self.variants, *([self._stream.name] if self._stream else [])]
         return next(name for i in range(1, 2**31) if (name := f"variant_{i}") not in taken)
+
+
+def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a state that was loaded.
+
+    Raises:
+        KeyError: If something is missing.
+    """
+    entries = plain["variants"]
+    counts = [entry["vectors"] for entry in entries]
+    images = sum(entry["calibration_images"] for entry in entries)
+    dimension = arrays["vectors"].shape[-1]
+    shapes = {
+        "vectors": (sum(counts), dimension),
+        "radii": (sum(counts),),
+        "covers": (sum(counts),),
+        "calibration_patches": (images, CALIBRATION_PATCHES, dimension),
+        "calibration_labels": (images,),
+        "calibration_scores": (images,),
+        "calibration_pixels": (len(entries), 3),
+        "image_hashes": (arrays["image_hashes"].size,),
+    }
+    problems = [
+        f"{key} has the shape {arrays[key].shape} in place of {shape}"
+        for key, shape in shapes.items()
+        if arrays[key].shape != shape
+    ]
+    if problems:
+        return problems
+    if sum(counts) > plain["size"]:
+        problems.append(f"there are {sum(counts)} vectors, but at most {plain['size']} are allowed")
+    if arrays["vectors"].dtype != plain["dtype"]:
+        problems.append(f"vectors are of {arrays['vectors'].dtype} in place of {plain['dtype']}")
+    problems += [
+        f"{key} holds values that are not finite"
+        for key in ("vectors", "covers", "calibration_patches", "calibration_scores")
+        if not np.isfinite(arrays[key]).all()
+    ]
+    if len({entry["name"] for entry in entries}) < len(entries):
+        problems.append("a variant is there twice")
+    first = 0
+    for entry, count in zip(entries, counts, strict=True):
+        radii = arrays["radii"][first : first + count]
+        first += count
+        if count < 1 or radii[0] != np.inf or not (np.diff(radii) <= 0).all():
+            problems.append(f"radii of {entry['name']} do not fall from infinity")
+        if not (entry["scale"] > 0 and entry["resolution"] >= 0 and entry["images"] >= 0):
+            problems.append(f"scale, resolution or images of {entry['name']} are out of range")
+    return problems
 
 
 def f1_threshold(scores: Array, labels: NDArray[np.bool_]) -> float:
@@ -757,5 +858,6 @@ def f1_threshold(scores: Array, labels: NDArray[np.bool_]) -> float:
     f1 = 2 * hits / (np.arange(1, len(scores) + 1) + labels.sum())
     f1[:-1][ranked[:-1] == ranked[1:]] = 0  # equal scores are decided together
     best = int(f1.argmax())
-    below = ranked[best + 1] if best + 1 < len(ranked) else ranked[best] - 1e-6 * abs(ranked[best])
-    return float((ranked[best] + below) / 2)
+    lowest = float(ranked[best])
+    below = float(ranked[best + 1]) if best + 1 < len(ranked) else lowest - 1e-6 * max(abs(lowest), 1e-6)
+    return (lowest + below) / 2
