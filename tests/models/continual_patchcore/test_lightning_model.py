@@ -92,11 +92,17 @@ def test_a_further_fit_with_the_same_engine_adds(two: tuple[ContinualPatchCore, 
     assert state_of(loaded) == state_of(model)
 
 
-def test_a_further_fit_with_a_new_engine_adds(model: ContinualPatchCore, make_data: Make, make_engine: Make) -> None:
+def test_a_further_fit_with_a_new_engine_adds(
+    model: ContinualPatchCore,
+    products: Path,
+    make_data: Make,
+    make_engine: Make,
+) -> None:
     """So does a third product with another engine."""
     engine = make_engine()
     engine.fit(model, datamodule=make_data("checks"))
     assert list(model.model.bank.variants) == ["stripes", "dots", "checks"]
+    assert [f1_of(model.eval(), products, product) for product in model.model.bank.variants] == [1, 1, 1]
     assert len(model.model.bank) <= 400
     state = torch.load(engine.best_model_path, weights_only=True)["state_dict"]
     assert len(state["model._extra_state"]["plain"]["variants"]) == 3

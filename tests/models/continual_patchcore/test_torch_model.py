@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the scores, which are PatchCore's as long as the memory holds everything."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anomalib.callbacks import TilerConfigurationCallback
+from anomalib.data.utils.tiler import Tiler
+from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+from PIL import Image
+
+from anomalib_ext.models.continual_patchcore.torch_model import ContinualPatchCoreModel, augmented_views, image_hash
+
+Make = Callable[..., Any]
+
+BACKBONES = {
+    "resnet18": ["layer1", "layer2"],
+    "tf_efficientnet_lite0": ["blocks.2", "blocks.4"],
+}
+
+
+def photos(products: Path, product: str, kind: str, count: int) -> torch.Tensor:
+    """Return images of a product, roughly normalised."""
+    paths = sorted((products / product / kind).glob("*.png"))[:count]
+    arrays = [np.asarray(Image.open(path), np.float32) for path in paths]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 64 - 2
+
+
+@contextmanager
+def double_precision() -> Generator[None]:
+    """Have new tensors, such as a tiler's, in double precision."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def patchcore_like(model: ContinualPatchCoreModel, images: torch.Tensor) -> PatchcoreModel:
+    """Return Anomalib's model with the same weights, that keeps all patches of the images.
+
+    It is to be called in double precision, as its distances suffer from the difference of large squares.
+    """
+    other = PatchcoreModel(model.layers, model.backbone, pre_trained=False, num_neighbors=model.num_neighbors)
+    # Ours ends at the last layer that is wanted.
+    assert not other.feature_extractor.load_state_dict(model.feature_extractor.state_dict(), strict=False)[1]
+    other.tiler = model.tiler
+    other.memory_bank = other.double().memory_bank.double()
+    other.train()(images)
+    other.memory_bank = torch.vstack(other.embedding_store)
+    return other.eval()
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("num_neighbors", [1, 9])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_equals_patchcore_while_all_fits(backbone: str, num_neighbors: int, tiled: bool, products: Path) -> None:
+    """Maps and scores are the same as without coreset reduction, whatever the order in which images came."""
+    pre_trained = backbone == "tf_efficientnet_lite0"
+    model = ContinualPatchCoreModel(
+        backbone,
+        BACKBONES[backbone],
+        pre_trained=pre_trained,
+        num_neighbors=num_neighbors,
+    ).eval()
+    if tiled:
+        model.tiler = Tiler(tile_size=32, stride=16)
+    normal = torch.cat([photos(products, product, "train/good", 4) for product in ("stripes", "dots")])
+    for images, variant in zip(normal.split(4), ("stripes", "dots"), strict=True):
+        model.learn(images, variant)
+        model.bank.commit()
+    model.refresh()
+    images = torch.cat([photos(products, "stripes", "test/hole", 3), photos(products, "dots", "test/good", 3)])
+    with double_precision():
+        expected = patchcore_like(model, normal)(images)
+    result = model(images)
+    assert torch.allclose(result.anomaly_map.double(), expected.anomaly_map.double(), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(result.pred_score.double(), expected.pred_score.double(), rtol=1e-4, atol=1e-4)
+    assert result.variant.tolist() == [0, 0, 0, 1, 1, 1]
+    assert result.pred_score[:3].min() > 2 * result.pred_score[3:].max()
+    assert model(normal).pred_score.max() < 1e-4 * result.pred_score.max()
+
+
+def test_patches_are_scored_one_image_at_a_time(products: Path) -> None:
+    """A batch gives what its images give alone."""
+    model = ContinualPatchCoreModel("resnet18", ["layer1"], pre_trained=False, memory_size=300).eval()
+    model.learn(photos(products, "stripes", "train/good", 6), "stripes")
+    model.bank.commit()
+    model.refresh()
+    images = photos(products, "stripes", "test/hole", 3)
+    together = model(images)
+    for i, image in enumerate(images):
+        alone = model(image[None])
+        assert torch.allclose(alone.pred_score, together.pred_score[i : i + 1])
+        assert torch.allclose(alone.anomaly_map, together.anomaly_map[i : i + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("memory_size", [1, 5])
+def test_fewer_vectors_than_neighbors(memory_size: int, precision: str, products: Path) -> None:
+    """A score is weighed by as many neighbors as there are; by none it is the distance itself."""
+    model = ContinualPatchCoreModel(
+        "resnet18",
+        ["layer1"],
+        pre_trained=False,
+        memory_size=memory_size,
+        num_neighbors=9,
+        precision=precision,
+    ).eval()
+    model.learn(photos(products, "stripes", "train/good", 2), "stripes")
+    model.bank.commit()
+    model.refresh()
+    result = model(photos(products, "stripes", "test/hole", 2))
+    assert (result.pred_score > 0).all()
+    assert torch.isfinite(result.anomaly_map).all()
+
+
+def test_vision_transformer(make_model: Make, make_data: Make, make_engine: Make) -> None:
+    """A ViT learns and judges, and the number of tiles is its own matter."""
+    from anomalib_ext.models import ContinualPatchCore
+
+    model = make_model(
+        backbone="vit_tiny_patch16_224",
+        layers=["blocks.2", "blocks.5"],
+        pre_trained=False,
+        pre_processor=ContinualPatchCore.configure_pre_processor((224, 224), "vit_tiny_patch16_224"),
+    )
+    engine = make_engine(limit_train_batches=1)
+    engine.fit(model, datamodule=make_data("stripes", eval_batch_size=4))
+    batches = engine.predict(model, datamodule=make_data("stripes", eval_batch_size=4))
+    assert batches[0].anomaly_map.shape == (4, 224, 224)
+    assert engine.test(model, datamodule=make_data("stripes"))[0]["image_AUROC"] > 0.9
+
+
+def test_tiling_through_the_engine(make_model: Make, make_data: Make, make_engine: Make) -> None:
+    """Anomalib's callback tiles for learning and for judging."""
+    model = make_model()
+    callbacks = [TilerConfigurationCallback(enable=True, tile_size=32, stride=32)]
+    make_engine(callbacks=callbacks).fit(model, datamodule=make_data("stripes"))
+    assert model.model.tiler is not None
+    assert make_engine().test(model, datamodule=make_data("stripes"))[0]["image_AUROC"] == pytest.approx(1)
+
+
+def test_views_are_reproducible() -> None:
+    """The same seed gives the same views, without touching the global generator."""
+    image = torch.rand(3, 40, 56)
+    before = torch.get_rng_state()
+    views = augmented_views(image, 3, seed=-7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert views.shape == (3, 3, 40, 56)
+    assert torch.equal(views, augmented_views(image, 3, seed=-7))
+    assert not torch.equal(views, augmented_views(image, 3, seed=8))
+    assert not torch.equal(views[0], views[1])
+    assert views.isfinite().all()
+    assert (views - image).abs().mean() < 0.5
+
+
+def test_hashes_tell_images_apart() -> None:
+    """One grey level of one pixel is enough; rounding errors are not."""
+    image = (torch.randint(0, 256, (3, 32, 32)) / 255 - 0.45) / 0.23
+    assert image_hash(image) == image_hash(image + 1e-9)
+    changed = image.clone()
+    changed[1, 3, 4] += 1 / 255 / 0.23
+    assert image_hash(changed) != image_hash(image)
+    assert image_hash(image.flip(-1)) != image_hash(image)
