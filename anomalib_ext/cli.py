@@ -13,13 +13,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="lightning")
     try:
-        import anomalib.models  # the models and datamodules that the configuration names
-        import lightning  # noqa: F401
+        from anomalib_ext.stream import learn_stream
     except ImportError as error:
         msg = f"{error}. Learning with torch needs the extra: pip install 'anomalib-ext[train]'"
         raise SystemExit(msg) from error
-    from anomalib_ext.stream import learn_stream
-
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     auto_cli({"stream": learn_stream}, as_positional=False)

@@ -24,8 +24,8 @@ def learn_stream(
 ) -> list[dict[str, str | int | float]]:
     """Fit one model on one variant after another; after each, test it on all variants learned so far.
 
-    Pictures of the last step, with anomaly maps, go to ``results_dir/images/<variant>``, checkpoints to ``results_dir/<model>``,
-    and the measured values to ``results_dir/results.csv``, which is written anew after every step.
+    Pictures of the last step, with anomaly maps, go to ``results_dir/images/<variant>``, checkpoints to
+    ``results_dir/<model>``, and the measured values to ``results_dir/results.csv``, written anew after every step.
 
     Args:
         model: Model whose ``fit`` adds to what it knows, such as ``ContinualPatchCore``.

@@ -36,6 +36,9 @@ BLOCK_SIZE = 512
 # The scale of a variant is the mean insertion radius of its first picks, as many as even a small bank keeps.
 SCALE_PICKS = 100
 SENIORITY = 2.0
+# An image belongs to a variant if its mean embedding lies within this share of the variant's spread of the prototype.
+# On real products it lay below 0.4 for their own images, and above 0.6 for those of others, see docs/benchmarks.md.
+MEMBERSHIP = 0.5
 # The pool that vectors are chosen from holds twice the budget and this many more patches.
 POOL_EXTRA = 8192
 # Calibration keeps the patches of an image that score highest, so that its score can be renewed when vectors go.
@@ -74,6 +77,8 @@ class Variant:
         scale: Mean insertion radius of the first picks, the unit in which the budget is divided.
         resolution: Distance up to which a patch counts as known; 0 until the first vector was dropped.
         images: Number of images learned.
+        prototype: Mean patch embedding, shape `(d,)`.
+        spread: Mean distance of a patch to the prototype.
         calibration: Images that set the thresholds, if there were any.
     """
 
@@ -83,6 +88,8 @@ class Variant:
     scale: float
     resolution: float
     images: int
+    prototype: Array
+    spread: float
     calibration: Calibration | None = None
 
 
@@ -256,6 +263,12 @@ def _cut(variant: Variant, keep: int) -> Variant:
     )
 
 
+def _description(patches: Array) -> tuple[Array, float]:
+    """Mean of patches of shape `(n, d)`, and their mean distance to it."""
+    mean = patches.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean, float(np.linalg.norm(patches - mean, axis=1).mean())
+
+
 def _scale(radii: Array, known: Variant | None) -> float:
     """Scale of a variant with vectors of these falling radii, of which the first is infinite."""
     picks = radii[1 : SCALE_PICKS + 1]
@@ -292,11 +305,14 @@ class _Stream:
         self.covers = np.empty(0, np.float32)
         self.resolution = 0.0
         self.images = 0
+        self.prototype = np.zeros(dimension, np.float32)
+        self.spread = 0.0
         self.hashes: deque[int] = deque(maxlen=REMEMBERED_IMAGES)
         self.seconds = 0.0
         if known is not None:
             self.points = known.vectors.astype(np.float32)
             self.radii, self.covers, self.resolution = known.radii, known.covers.copy(), known.resolution
+            self.prototype, self.spread = known.prototype, known.spread
         self._index = self._build_index()
 
     def absorb(self, patches: Array, covers: Array | None = None) -> None:
@@ -333,27 +349,44 @@ class _Stream:
             self.select(self.capacity // 4)
             self._index = self._build_index()
 
-    def select(self, size: int) -> None:
-        """Reduce the pool to `size` points in order of insertion radius, seniors keeping their seat."""
-        points, radii, covers = self.points, self.radii, self.covers
-        seated = (radii >= SENIORITY * self.resolution) & (self.resolution > 0)
+    def describe(self, prototype: Array, spread: float, images: int) -> None:
+        """Count images of this mean embedding and spread."""
+        before = self.images + (self.known.images if self.known else 0)
+        weight = images / max(before + images, 1)
+        self.prototype = (self.prototype + weight * (prototype - self.prototype)).astype(np.float32)
+        self.spread += weight * (spread - self.spread)
+        self.images += images
+
+    def select(self, size: int, stop: float = -1.0) -> None:
+        """Reduce the pool to points in order of insertion radius, seniors keeping their seat.
+
+        Args:
+            size: Largest number of points that are kept.
+            stop: Keep no point, but for seniors, whose radius is this or less.
+        """
+        points, covers = self.points, self.covers
+        seated = (self.radii >= SENIORITY * self.resolution) & (self.resolution > 0)
         rest = np.flatnonzero(~seated)
         distances = nearest(points[rest], points[seated])[0] if seated.any() and len(rest) else None
-        picks, picked_radii = farthest_first(points[rest], size + 1, distances)
-        unpicked = np.setdiff1d(np.arange(len(rest)), picks)
-        order = np.concatenate([np.flatnonzero(seated), rest[picks], rest[unpicked]])
-        radii = np.concatenate([radii[seated], picked_radii, np.zeros(len(unpicked), np.float32)])
+        picks, radii = farthest_first(points[rest], size + 1, distances, stop)
+        chosen = np.concatenate([np.flatnonzero(seated), rest[picks]])
+        radii = np.concatenate([self.radii[seated], radii])
         by_radius = np.argsort(-radii, kind="stable")
-        order, radii = order[by_radius], radii[by_radius]
-        points, covers = points[order], covers[order]
-        first = _is_first(points, radii)
-        repeated, repeated_covers = points[~first], covers[~first]
-        points, radii, covers = points[first], radii[first], covers[first]
-        _charge(points, covers, repeated, repeated_covers)
-        if len(points) > size:
-            self.resolution = max(self.resolution, float(radii[size]))
-            covers = _covers_after_cut(points, covers, radii, size, self.resolution)
-            points, radii = points[:size].copy(), radii[:size].copy()
+        chosen, radii = chosen[by_radius], radii[by_radius]
+        others = np.setdiff1d(np.arange(len(points)), chosen)
+        first = _is_first(points[chosen], radii)
+        repeated, chosen, radii = chosen[~first], chosen[first], radii[first]
+        order = np.concatenate([chosen, others])
+        kept_covers = covers[chosen]
+        _charge(points[chosen], kept_covers, points[repeated], covers[repeated])
+        points, covers = points[order], np.concatenate([kept_covers, covers[others]])
+        keep = min(size, len(chosen))
+        if len(points) > keep:
+            # The rest lies within the radius of the first point too many, or that at which the selection ended.
+            beyond = float(radii[keep]) if keep < len(radii) else max(stop, float(radii[-1]))
+            self.resolution = max(self.resolution, beyond)
+            covers = _covers_after_cut(points, covers, radii, keep, self.resolution)
+            points, radii = points[:keep].copy(), radii[:keep].copy()
         self.points, self.radii, self.covers = points, radii, covers
 
     def scale(self) -> float:
@@ -362,16 +395,24 @@ class _Stream:
             return self.known.scale
         return _scale(farthest_first(self.points, SCALE_PICKS + 1)[1], None)
 
-    def result(self, size: int) -> Variant:
-        """The variant with at most `size` vectors, or as many as its scale takes; the stream is used up."""
-        self.select(max(size, SCALE_PICKS + 1))
+    def result(self, size: int, threshold: float) -> Variant:
+        """The variant with at most `size` vectors, or as many as its scale takes; the stream is used up.
+
+        Args:
+            size: Budget of the bank.
+            threshold: Radius / scale down to which the bank cuts all variants at least.
+        """
+        scale = self.scale()
+        self.select(max(size, SCALE_PICKS + 1), threshold * scale if threshold > 0 else -1.0)
         return Variant(
             vectors=self.points.astype(self.dtype, copy=False),
             radii=self.radii,
             covers=self.covers,
-            scale=_scale(self.radii, self.known),
+            scale=scale if self.known is None else _scale(self.radii, self.known),
             resolution=self.resolution,
             images=self.images + (self.known.images if self.known else 0),
+            prototype=self.prototype,
+            spread=self.spread,
             calibration=self.known.calibration if self.known else None,
         )
 
@@ -469,7 +510,6 @@ class MemoryBank:
         patches: Array,
         variant: str | None = None,
         image_hash: int | None = None,
-        covers: Array | None = None,
     ) -> str | None:
         """Take in the patches of one image.
 
@@ -477,7 +517,6 @@ class MemoryBank:
             patches: Patch embeddings, shape `(n, d)`.
             variant: Name of the variant; found by :meth:`identify` if not given.
             image_hash: Identifies the image, which is then learned once only.
-            covers: Distance up to which each patch stands for others, when the patches come from another bank.
 
         Returns:
             Name of the variant, None if the image was known.
@@ -497,14 +536,17 @@ class MemoryBank:
         if self._stream is not None and self._stream.name != variant:
             self.flush()
         if self._stream is None:
-            capacity = 2 * self.size + POOL_EXTRA
-            self._stream = _Stream(variant, self.variants.get(variant), patches.shape[1], capacity, self.dtype)
-        self._stream.absorb(patches.astype(np.float32, copy=False), covers)
-        self._stream.images += 1
+            self._stream = self._open_stream(variant, patches.shape[1])
+        patches = patches.astype(np.float32, copy=False)
+        self._stream.absorb(patches)
+        self._stream.describe(*_description(patches), images=1)
         if image_hash is not None:
             self._stream.hashes.append(image_hash)
         self._stream.seconds += time.perf_counter() - start
         return variant
+
+    def _open_stream(self, variant: str, dimension: int) -> _Stream:
+        return _Stream(variant, self.variants.get(variant), dimension, 2 * self.size + POOL_EXTRA, self.dtype)
 
     def commit(self) -> Report:
         """Bring what was learned since the last commit into the bank.
@@ -536,7 +578,10 @@ class MemoryBank:
         if stream is None:
             return
         start = time.perf_counter()
-        self._store({stream.name: stream.result(self.size)}, np.array(stream.hashes, np.int64))
+        # More vectors can only raise the threshold at which the others were cut.
+        others = [variant for name, variant in self.variants.items() if name != stream.name]
+        threshold = max((variant.resolution / variant.scale for variant in others), default=0.0)
+        self._store({stream.name: stream.result(self.size, threshold)}, np.array(stream.hashes, np.int64))
         self._stream = None
         self._report.variants[stream.name] += stream.images
         self._report.seconds += stream.seconds + time.perf_counter() - start
@@ -550,24 +595,22 @@ class MemoryBank:
         self.image_hashes = np.concatenate([self.image_hashes, image_hashes])[-REMEMBERED_IMAGES:]
 
     def identify(self, patches: Array) -> str | None:
-        """Variant to which an image belongs, or None if it is of no variant in the bank.
+        """Variant to which an image belongs, or None if it is of no variant that was learned.
 
-        It belongs to the variant that owns the nearest vector of most of its patches, if these lie, on the mean, no
-        farther than the variant's scale. On seven real products known ones lie at 0.5 to 0.75 of it, see docs.
+        It belongs to the variant with the nearest prototype, if its mean embedding is near enough to it.
 
         Args:
             patches: Patch embeddings of one image, shape `(n, d)`.
         """
-        known = {name: (variant.vectors, variant.scale) for name, variant in self.variants.items()}
+        known = {name: (variant.prototype, variant.spread) for name, variant in self.variants.items()}
         if self._stream is not None:
-            # The open stream counts as if it were committed, only without the cost of it.
-            known[self._stream.name] = (self._stream.points, self._stream.scale())
+            known[self._stream.name] = (self._stream.prototype, self._stream.spread)
         if not known:
             return None
-        distances, index = nearest(patches, np.concatenate([vectors for vectors, _ in known.values()]))
-        owners = np.repeat(np.arange(len(known)), [len(vectors) for vectors, _ in known.values()])
-        name = list(known)[int(np.bincount(owners[index]).argmax())]
-        return name if distances.mean() <= known[name][1] else None
+        mean, own_spread = _description(patches)
+        name = min(known, key=lambda key: float(np.linalg.norm(known[key][0] - mean)))
+        prototype, spread = known[name]
+        return name if np.linalg.norm(prototype - mean) <= MEMBERSHIP * max(spread, own_spread) else None
 
     def merge(self, other: MemoryBank) -> Report:
         """Learn all that another bank of the same backbone knows.
@@ -594,9 +637,9 @@ class MemoryBank:
         hashes = other.image_hashes[~np.isin(other.image_hashes, self.image_hashes)]
         for name, variant in other.variants.items():
             if name in self.variants:
-                self.learn(variant.vectors.astype(np.float32), name, covers=variant.covers)
-                assert self._stream is not None
-                self._stream.images = variant.images
+                self._stream = self._open_stream(name, variant.vectors.shape[1])
+                self._stream.absorb(variant.vectors.astype(np.float32), variant.covers)
+                self._stream.describe(variant.prototype, variant.spread, variant.images)
                 self.flush()
                 known = self.variants[name]
                 if known.calibration is None:
@@ -684,6 +727,7 @@ class MemoryBank:
             "calibration_labels": np.concatenate([empty.labels, *(c.labels for c in calibrations)]),
             "calibration_scores": np.concatenate([empty.scores, *(c.scores for c in calibrations)]),
             "calibration_pixels": np.array([c.pixel for c in calibrations], np.float64).reshape(-1, 3),
+            "prototypes": np.array([v.prototype for v in variants], np.float32).reshape(len(variants), dimension),
             "image_hashes": self.image_hashes,
         }
         plain = {
@@ -697,6 +741,7 @@ class MemoryBank:
                     "scale": variant.scale,
                     "resolution": variant.resolution,
                     "images": variant.images,
+                    "spread": variant.spread,
                     "calibration_images": len(variant.calibration.labels) if variant.calibration else 0,
                 }
                 for name, variant in self.variants.items()
@@ -748,6 +793,8 @@ class MemoryBank:
                 entry["scale"],
                 entry["resolution"],
                 entry["images"],
+                np.array(arrays["prototypes"][position]),
+                entry["spread"],
                 calibration,
             )
         return bank
@@ -813,6 +860,7 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         "calibration_labels": (images,),
         "calibration_scores": (images,),
         "calibration_pixels": (len(entries), 3),
+        "prototypes": (len(entries), dimension),
         "image_hashes": (arrays["image_hashes"].size,),
     }
     problems = [
@@ -828,7 +876,7 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         problems.append(f"vectors are of {arrays['vectors'].dtype} in place of {plain['dtype']}")
     problems += [
         f"{key} holds values that are not finite"
-        for key in ("vectors", "covers", "calibration_patches", "calibration_scores")
+        for key in ("vectors", "covers", "prototypes", "calibration_patches", "calibration_scores")
         if not np.isfinite(arrays[key]).all()
     ]
     if len({entry["name"] for entry in entries}) < len(entries):
@@ -860,4 +908,5 @@ def f1_threshold(scores: Array, labels: NDArray[np.bool_]) -> float:
     best = int(f1.argmax())
     lowest = float(ranked[best])
     below = float(ranked[best + 1]) if best + 1 < len(ranked) else lowest - 1e-6 * max(abs(lowest), 1e-6)
-    return (lowest + below) / 2
+    middle = float(np.float32((lowest + below) / 2))
+    return middle if middle < lowest else below  # neighbors in float32 have no middle

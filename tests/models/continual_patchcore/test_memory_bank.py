@@ -100,7 +100,8 @@ def check(bank: MemoryBank, learned: Ledger) -> None:
         patches = np.concatenate(images)
         # Stronger than the certificate: every patch lies within the cover of one vector.
         assert distances_between(patches, variant.vectors, variant.covers * ROUNDING).max() <= 0
-        assert distances_between(patches, variant.vectors).max() <= variant.covers.max() * ROUNDING <= bank.radius_bound
+        assert distances_between(patches, variant.vectors).max() <= variant.covers.max() * ROUNDING
+        assert variant.covers.max() <= bank.radius_bound
 
 
 def same(one: MemoryBank, other: MemoryBank) -> bool:
@@ -417,8 +418,11 @@ def test_covers_within_an_image_are_charged() -> None:
     bank = MemoryBank(2)
     bank.learn(own, "a")
     bank.commit()
-    bank.learn(np.array([[5, 0], [5.3, 0]], np.float32), "a", covers=np.array([7, 0], np.float32))
-    bank.commit()
+    other = MemoryBank(2)
+    other.learn(np.array([[5, 0], [5.3, 0]], np.float32), "a")
+    other.commit()
+    other.variants["a"].covers[0] = 7
+    bank.merge(other)
     check(bank, {"a": [own, np.array([[12, 0]], np.float32)]})
 
 
