@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of ContinualPatchCore on a stream of products, beside joint farthest-first over all patches at once.
+
+Reads data sets in MVTec AD's layout and prints Markdown tables:
+
+    python tests/benchmarks/continual.py --root datasets --products '[bottle, pill]'
+"""
+
+import resource
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from anomalib.data import MVTecAD
+from anomalib.models import ContinualPatchCore
+from jsonargparse import auto_cli
+from numpy.typing import NDArray
+from sklearn.metrics import f1_score, roc_auc_score
+from torchvision.transforms.v2.functional import resize
+
+from anomalib_ext.models.continual_patchcore.memory_bank import (
+    CALIBRATION_PATCHES,
+    MemoryBank,
+    farthest_first,
+    nearest,
+)
+
+Patches = NDArray[np.float32]
+
+
+class Product:
+    """Embeddings of one product: training images, and test images with labels and a half for validation."""
+
+    def __init__(self, model: ContinualPatchCore, root: Path, name: str) -> None:
+        self.name = name
+        data = MVTecAD(root, category=name, num_workers=0, val_split_mode="none")
+        data.setup()
+        self.images = [resize(item.image, [256, 256]) for item in data.train_data]
+        self.train = self._embed(model, self.images)
+        self.test = self._embed(model, [item.image for item in data.test_data])
+        self.labels = np.array([bool(item.gt_label) for item in data.test_data])
+        self.validation = np.zeros(len(self.labels), bool)
+        for label in (False, True):
+            members = np.flatnonzero(self.labels == label)
+            self.validation[np.random.default_rng(0).permutation(members)[: len(members) // 2]] = True
+
+    @staticmethod
+    @torch.inference_mode()
+    def _embed(model: ContinualPatchCore, images: list[torch.Tensor]) -> Patches:
+        batches = [
+            torch.stack([model.pre_processor(i[None])[0] for i in images[s : s + 16]])
+            for s in range(0, len(images), 16)
+        ]
+        return torch.cat([model.model.embed(batch).flatten(1, 2) for batch in batches]).numpy()
+
+    def distances(self, vectors: Patches) -> tuple[Patches, NDArray[np.int64]]:
+        """Distance of every test patch to the nearest vector, shape ``(images, patches)``, and its index."""
+        found = [nearest(patches, vectors) for patches in self.test]
+        return np.stack([f[0] for f in found]), np.stack([f[1] for f in found])
+
+    def auroc(self, vectors: Patches) -> float:
+        """Image AUROC."""
+        return float(roc_auc_score(self.labels, self.distances(vectors)[0].max(axis=1)))
+
+    def calibrate(self, bank: MemoryBank) -> None:
+        """Set the thresholds from the validation half, as a fit with validation images does."""
+        distances, _ = self.distances(bank.vectors)
+        order = np.argsort(-distances, axis=1)[:, :CALIBRATION_PATCHES]
+        patches = np.take_along_axis(self.test, order[..., None], axis=1)
+        bank.calibrate(self.name, patches[self.validation], self.labels[self.validation])
+
+    def f1(self, bank: MemoryBank, thresholds: dict[str, float]) -> float:
+        """F1 on the half that set no threshold; every image is judged by the variant that it is routed to."""
+        distances, index = self.distances(bank.vectors)
+        names = list(bank.variants)
+        routed = [names[int(np.bincount(bank.owners[i]).argmax())] for i in index]
+        decided = distances.max(axis=1) > [thresholds[name] for name in routed]
+        return float(f1_score(self.labels[~self.validation], decided[~self.validation]))
+
+
+def _thresholds(bank: MemoryBank) -> dict[str, float]:
+    return {name: bank.thresholds(name)["image"][0] for name in bank.variants}
+
+
+def _row(cells: list[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def _stream(products: dict[str, Product], order: list[str], size: int, seed: int) -> tuple[float, float]:
+    """Print the table of one stream; return the mean AUROC at the end and the forgetting measure."""
+    bank = MemoryBank(size)
+    auroc: dict[str, list[float]] = defaultdict(list)
+    f1_before, frozen = {}, {}
+    _row(["after learning", *order, "radius bound", "MiB", "ms an image"])
+    _row(["---"] * (len(order) + 4))
+    for name in order:
+        images = products[name].train[np.random.default_rng(seed).permutation(len(products[name].train))]
+        for image in images:
+            bank.learn(image, name)
+        report = bank.commit()
+        products[name].calibrate(bank)
+        for known in bank.variants:
+            auroc[known].append(products[known].auroc(bank.vectors))
+        f1_before[name] = products[name].f1(bank, _thresholds(bank))
+        frozen[name] = _thresholds(bank)[name]
+        cells = [f"{auroc[known][-1]:.3f}" if known in bank.variants else "" for known in order]
+        milliseconds = report.seconds / len(images) * 1000
+        _row([name, *cells, f"{bank.radius_bound:.1f}", f"{bank.nbytes / 2**20:.1f}", f"{milliseconds:.0f}"])
+    renewed = _thresholds(bank)
+    _row(["vectors", *(str(len(bank.variants[name].radii)) for name in order), "", "", ""])
+    _row(["F1 when learned", *(f"{f1_before[name]:.3f}" for name in order), "", "", ""])
+    _row(["F1 at the end", *(f"{products[name].f1(bank, renewed):.3f}" for name in order), "", "", ""])
+    _row(["F1, thresholds not renewed", *(f"{products[name].f1(bank, frozen):.3f}" for name in order), "", "", ""])
+    covered = [max(nearest(image, bank.vectors)[0].max() for image in products[name].train) for name in order]
+    _row(["coverage radius", *(f"{radius:.1f}" for radius in covered), "", "", ""])
+    mean = float(np.mean([values[-1] for values in auroc.values()]))
+    forgetting = float(np.mean([max(auroc[name][:-1]) - auroc[name][-1] for name in order[:-1]]))
+    print(f"\nmean image AUROC {mean:.4f}, forgetting measure {forgetting:.4f}\n", flush=True)
+    return mean, forgetting
+
+
+def _few_shot(model: ContinualPatchCore, products: dict[str, Product], size: int) -> None:
+    """Print image AUROC from 1, 4 and 16 images, with augmented views and without."""
+    _row(["images, views", *products, "mean"])
+    _row(["---"] * (len(products) + 2))
+    for count in (1, 4, 16):
+        for one_shot in (False, True):
+            cells = []
+            for product in products.values():
+                model.model.bank = MemoryBank(size)
+                model.one_shot = one_shot
+                model.partial_fit(torch.stack(product.images[:count]), product.name)
+                cells.append(product.auroc(model.model.bank.vectors))
+            views = "with" if one_shot else "without"
+            _row([f"{count}, {views}", *(f"{cell:.3f}" for cell in cells), f"{np.mean(cells):.3f}"])
+
+
+def _unlabelled(products: dict[str, Product], size: int) -> None:
+    """Print which variants are found when no image has a label."""
+    bank = MemoryBank(size)
+    found: dict[str, Counter[str]] = {name: Counter() for name in products}
+    relative = defaultdict(list)
+    for name, product in products.items():
+        for image in product.train:
+            variant = bank.learn(image)
+            assert variant is not None
+            found[name][variant] += 1
+        bank.commit()
+    for name, product in products.items():
+        variant = found[name].most_common(1)[0][0]
+        own = bank.variants[variant]
+        for image, label in zip(product.test, product.labels, strict=True):
+            if not label:
+                relative[name].append(float(nearest(image, own.vectors)[0].mean()) / own.scale)
+    _row(["product", "images by variant found", "mean distance of good test images / scale"])
+    _row(["---"] * 3)
+    for name, counts in found.items():
+        values = relative[name]
+        _row([name, ", ".join(f"{k}: {v}" for k, v in counts.items()), f"{min(values):.2f} to {max(values):.2f}"])
+
+
+def main(root: Path, products: list[str], sizes: list[int] = [2000, 10_000], few_shot: bool = True) -> None:  # noqa: B006
+    """Run the benchmark.
+
+    Args:
+        root: Folder of the products.
+        products: Names of the products, in the order of the first stream; two more orders follow from it.
+        sizes: Sizes of the memory bank.
+        few_shot: Whether to learn each product from 1, 4 and 16 images too.
+    """
+    model = ContinualPatchCore().eval()
+    loaded = {name: Product(model, root, name) for name in products}
+    counts = [sum(len(getattr(product, part)) for product in loaded.values()) for part in ("train", "test")]
+    print(f"{counts[0]} training images, {counts[1]} test images")
+    if few_shot:
+        print(f"\n### Few images, {sizes[-1]} vectors\n")
+        _few_shot(model, loaded, sizes[-1])
+    print(f"\n### Without labels, {sizes[-1]} vectors\n")
+    _unlabelled(loaded, sizes[-1])
+    together = np.concatenate([product.train.reshape(-1, product.train.shape[-1]) for product in loaded.values()])
+    shuffled = [str(name) for name in np.random.default_rng(0).permutation(products)]
+    orders = [products, products[::-1], shuffled]
+    summary = []
+    joint = []
+    for seed in range(len(orders)):  # the start of farthest-first is arbitrary, so several
+        start = np.random.default_rng(seed).integers(len(together))
+        together[[0, start]] = together[[start, 0]]
+        picks, _ = farthest_first(together, max(sizes))
+        joint.append({size: [p.auroc(together[picks[:size]]) for p in loaded.values()] for size in sizes})
+    for size in sizes:
+        for number, order in enumerate(orders):
+            print(f"\n### {size} vectors, order {number + 1}\n")
+            started = time.perf_counter()
+            mean, forgetting = _stream(loaded, order, size, seed=number)
+            reference = float(np.mean(joint[number][size]))
+            seconds = time.perf_counter() - started
+            summary.append([
+                f"{size}",
+                f"{number + 1}",
+                f"{mean:.4f}",
+                f"{reference:.4f}",
+                f"{mean - reference:+.4f}",
+                f"{forgetting:.4f}",
+                f"{seconds:.0f}",
+            ])
+    print("\n### Summary\n")
+    _row([
+        "vectors",
+        "order",
+        "mean image AUROC",
+        "joint farthest-first",
+        "difference",
+        "forgetting",
+        "seconds with evaluation",
+    ])
+    _row(["---"] * 7)
+    for row in summary:
+        _row(row)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"\npeak resident memory, embeddings of all images included: {peak:.2f} GiB")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

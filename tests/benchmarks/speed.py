@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of ContinualPatchCore beside its floor and beside Anomalib's coreset selection, in one process.
+
+Reads data sets in MVTec AD's layout and prints Markdown:
+
+    python tests/benchmarks/speed.py --root datasets --products '[bottle, pill]' --picks 2140
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from anomalib.models import ContinualPatchCore
+from anomalib.models.components import KCenterGreedy
+from jsonargparse import auto_cli
+
+from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank, farthest_first, nearest
+
+T = TypeVar("T")
+
+
+def _timed(function: Callable[[], T]) -> tuple[float, T]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def _data(root: Path, name: str) -> MVTecAD:
+    return MVTecAD(root, category=name, num_workers=0, val_split_mode="none")
+
+
+@torch.inference_mode()
+def _extract(model: ContinualPatchCore, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [model.model.embed(batch) for batch in batches]
+
+
+def _fit(root: Path, products: list[str], size: int) -> None:
+    """Whole fits in a stream, each beside the feature extraction of the same images."""
+    model = ContinualPatchCore(memory_size=size, visualizer=False)
+    print(f"\n### Learning, {size} vectors\n")
+    print("| product | images | fit, s | of it selection, s | features alone, s | fit / features | ms an image |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    _fit_once(model, root, products[0])  # warm up; its images are then known
+    model.model.bank = MemoryBank(size)
+    for name in products:
+        seconds, images = _fit_once(model, root, name)
+        data = _data(root, name)
+        data.setup()
+        model.eval()
+        loaded = [data.train_data[i].image for i in range(images)]
+        prepared = torch.cat([model.pre_processor(image[None]) for image in loaded])
+        features, _ = _timed(partial(_extract, model, list(prepared.split(32))))
+        assert model.last_report is not None
+        print(
+            f"| {name} | {images} | {seconds:.2f} | {model.last_report.seconds:.2f} | {features:.2f} "
+            f"| {seconds / features:.2f} | {seconds / images * 1000:.1f} |",
+            flush=True,
+        )
+
+
+def _fit_once(model: ContinualPatchCore, root: Path, name: str) -> tuple[float, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine(
+            default_root_dir=folder,
+            accelerator="cpu",
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = _data(root, name)
+        data.setup()
+        seconds, _ = _timed(lambda: engine.fit(model, datamodule=data))
+    return seconds, len(data.train_data)
+
+
+def _selection(root: Path, name: str, picks: int) -> None:
+    """The same number of vectors from the same embeddings, by Anomalib and by us."""
+    model = ContinualPatchCore().eval()
+    data = _data(root, name)
+    data.setup()
+    images = [model.pre_processor(data.train_data[i].image[None]) for i in range(len(data.train_data))]
+    embedding = torch.cat([e.flatten(0, 2) for e in _extract(model, images)])
+    points = embedding.numpy()
+    print(f"\n### {picks} of {len(points)} patches of {name}, d = {points.shape[1]}\n")
+    print("| selection | seconds | coverage radius |")
+    print("| --- | --- | --- |")
+    ours, (index, _) = _timed(lambda: farthest_first(points, picks))
+    print(f"| farthest_first | {ours:.2f} | {nearest(points, points[index])[0].max():.2f} |", flush=True)
+
+    def stream() -> MemoryBank:
+        bank = MemoryBank(picks)
+        for patches in points.reshape(len(images), -1, points.shape[1]):
+            bank.learn(patches, name)
+        bank.commit()
+        return bank
+
+    streamed, bank = _timed(stream)
+    print(f"| MemoryBank, image by image | {streamed:.2f} | {nearest(points, bank.vectors)[0].max():.2f} |", flush=True)
+    theirs, coreset = _timed(lambda: KCenterGreedy(embedding, picks / len(points)).sample_coreset())
+    radius = nearest(points, coreset.numpy())[0].max()
+    print(f"| Anomalib KCenterGreedy | {theirs:.2f} | {radius:.2f} |")
+    print(f"\nKCenterGreedy / farthest_first {theirs / ours:.0f}, / MemoryBank {theirs / streamed:.0f}", flush=True)
+
+
+@torch.inference_mode()
+def _search(sizes: list[int], repetitions: int = 20) -> None:
+    """Search beside feature extraction, one image at a time."""
+    print("\n### Scoring one image of 256 px, median\n")
+    print("| vectors | features, ms | search, ms | search / features | bytes of the bank, MiB |")
+    print("| --- | --- | --- | --- | --- |")
+    image = torch.rand(1, 3, 256, 256)
+    for size in sizes:
+        model = ContinualPatchCore(memory_size=size).eval()
+        generator = np.random.default_rng(0)
+        dimension = model.model.memory_bank.shape[1]
+        model.model.bank.learn(generator.normal(size=(size, dimension)).astype(np.float32), "random")
+        model.model.bank.commit()
+        model.model.refresh()
+        patches = model.model.embed(image).flatten(1, 2)[0]
+        features = np.median([_timed(lambda m=model: m.model.embed(image))[0] for _ in range(repetitions)])
+        search = np.median(
+            [_timed(lambda m=model, p=patches: m.model.nearest_neighbors(p))[0] for _ in range(repetitions)],
+        )
+        mebibytes = size * dimension * 4 / 2**20
+        print(f"| {size} | {features * 1e3:.1f} | {search * 1e3:.1f} | {search / features:.2f} | {mebibytes:.1f} |")
+
+
+def main(root: Path, products: list[str], picks: int = 2140, size: int = 10_000) -> None:
+    """Run the benchmark.
+
+    Args:
+        root: Folder of the products.
+        products: Names of the products in the order in which they are learned; the first is used for the selection.
+        picks: Number of vectors that the selections keep.
+        size: Size of the memory bank of the stream.
+    """
+    logging.disable(logging.WARNING)
+    _search([2000, 10_000])
+    _fit(root, products, size)
+    _selection(root, products[0], picks)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
