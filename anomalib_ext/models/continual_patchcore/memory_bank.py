@@ -382,9 +382,8 @@ class _Stream:
         points, covers = points[order], np.concatenate([kept_covers, covers[others]])
         keep = min(size, len(chosen))
         if len(points) > keep:
-            # The rest lies within the radius of the first point too many, or that at which the selection ended.
-            beyond = float(radii[keep]) if keep < len(radii) else max(stop, float(radii[-1]))
-            self.resolution = max(self.resolution, beyond)
+            # The rest lies within the radius of the first point too many, or within `stop`, or repeats a point.
+            self.resolution = max(self.resolution, float(radii[keep]) if keep < len(radii) else stop)
             covers = _covers_after_cut(points, covers, radii, keep, self.resolution)
             points, radii = points[:keep].copy(), radii[:keep].copy()
         self.points, self.radii, self.covers = points, radii, covers
@@ -578,9 +577,10 @@ class MemoryBank:
         if stream is None:
             return
         start = time.perf_counter()
-        # More vectors can only raise the threshold at which the others were cut.
-        others = [variant for name, variant in self.variants.items() if name != stream.name]
-        threshold = max((variant.resolution / variant.scale for variant in others), default=0.0)
+        threshold = 0.0
+        if len(self.variants) < len(self) == self.size:
+            # More vectors can only raise the threshold of a full bank, which is just below the least of its radii.
+            threshold = 0.99 * min(float(variant.radii[-1]) / variant.scale for variant in self.variants.values())
         self._store({stream.name: stream.result(self.size, threshold)}, np.array(stream.hashes, np.int64))
         self._stream = None
         self._report.variants[stream.name] += stream.images
