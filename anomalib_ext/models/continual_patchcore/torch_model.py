@@ -137,27 +137,31 @@ class ContinualPatchCoreModel(nn.Module):
         neighbors = min(self.num_neighbors, len(self.bank))
         if neighbors == 1:
             return largest.squeeze(1)
-        bank = self.memory_bank.to(patches.dtype)
+        bank = self.memory_bank.float()
         patch = patches.gather(1, position.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
         _, support = self.nearest_neighbors(bank[locations.gather(1, position)], neighbors)
         distances = torch.linalg.vector_norm(patch.unsqueeze(2) - bank[support], dim=-1)
         return (largest * (1 - distances.softmax(dim=-1)[..., 0])).squeeze(1)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Patch embeddings of shape ``(B, h, w, d)`` for images of shape ``(B, 3, H, W)``."""
+        """Patch embeddings of shape ``(B, h, w, d)``, in float32, for images of shape ``(B, 3, H, W)``."""
         if self.tiler:
             images = self.tiler.tile(images)
         features = self.feature_extractor(images)
         embedding = self.generate_embedding({layer: self.feature_pooler(value) for layer, value in features.items()})
         if self.tiler:
             embedding = self.tiler.untile(embedding)
-        return embedding.permute(0, 2, 3, 1)
+        return embedding.permute(0, 2, 3, 1).float()
 
     def nearest_neighbors(self, embedding: torch.Tensor, n_neighbors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances to the nearest vectors and their indices, each ``(..., n_neighbors)``, squeezed for one."""
-        bank = self.memory_bank.to(embedding.dtype)
-        # The square of the query is the same for all vectors; unused vectors have an infinite square.
-        ranking = self.squares - 2 * (embedding @ bank.T)
+        bank = self.memory_bank.float()
+        with torch.autocast(embedding.device.type, enabled=False):  # the nearest are too close for half precision
+            # The square of the query is the same for all vectors; unused vectors have an infinite square.
+            if embedding.ndim == 2:
+                ranking = torch.addmm(self.squares, embedding, bank.T, alpha=-2)  # one pass over the products
+            else:
+                ranking = self.squares - 2 * (embedding @ bank.T)
         if n_neighbors == 1:
             index = ranking.argmin(dim=-1)
             # Taken directly, the distance does not suffer from the difference of large squares.
@@ -187,7 +191,7 @@ class ContinualPatchCoreModel(nn.Module):
             if augment:
                 views = augmented_views(images[i], NUM_VIEWS, seed=hashes[i])
                 patches = torch.cat([patches, self.embed(views).flatten(0, 2)])
-            names[i] = self.bank.learn(patches.float().cpu().numpy(), variant, hashes[i])
+            names[i] = self.bank.learn(patches.cpu().numpy(), variant, hashes[i])
         return names
 
     def calibration_patches(self, embedding: torch.Tensor) -> torch.Tensor:
