@@ -534,7 +534,7 @@ def _checked(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[t
     if not torch.isfinite(images).all():
         msg = "Images hold NaN or infinite values; none of them was learned."
         raise ValueError(msg)
-    if images.min() < 0 or images.max() > 1:
+    if images.min() < -1e-3 or images.max() > 1 + 1e-3:  # resampling rounds
         msg = f"Images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}."
         raise ValueError(msg)
     return list(images)
