@@ -25,13 +25,14 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_ext.models.components.backbone import backbone_normalization
 
-from .memory_bank import Report
+from .memory_bank import Report, Variant
 from .post_processor import VariantPostProcessor
 from .torch_model import NUM_VIEWS, ContinualInferenceBatch, ContinualPatchCoreModel, augmented_views
 
@@ -81,6 +82,7 @@ class ContinualPatchCore(AnomalibModule):
     """
 
     model: ContinualPatchCoreModel
+    _known: tuple[dict[str, Variant], NDArray[np.int64]] | None  # variants and image hashes before an update
     _waiting: list[torch.Tensor]  # batches, until it is clear whether they are few
     _recent: dict[str, list[torch.Tensor]]  # last learned images by variant
     _validated: set[str]  # variants
@@ -125,7 +127,7 @@ class ContinualPatchCore(AnomalibModule):
         self.one_shot = one_shot
         self.variant = variant
         self.last_report: Report | None = None
-        self._begin()
+        self._reset()
         self._continued_from: str | None = None
 
     @staticmethod
@@ -201,7 +203,7 @@ class ContinualPatchCore(AnomalibModule):
             self._undo()
             raise
         finally:
-            self._begin()
+            self._reset()
             self.train(was_training)
         return report
 
@@ -259,7 +261,7 @@ class ContinualPatchCore(AnomalibModule):
         """Bring the epoch's images into the bank and report."""
         self._learn_waiting(self._variant_label)
         report = self._commit()
-        self._begin()
+        self._reset()
         values = {
             "vectors": report.num_vectors,
             "radius_bound": report.radius_bound,
@@ -274,13 +276,17 @@ class ContinualPatchCore(AnomalibModule):
         for name, value in values.items():
             self.log(f"memory/{name}", float(value), prog_bar=name in shown)
 
+    def _reset(self) -> None:
+        """Leave nothing of an update behind."""
+        self._known, self._few = None, False
+        self._waiting, self._recent, self._validated, self._calibration = [], {}, set(), []
+
     def _begin(self) -> None:
-        """Begin to learn, from what is known now."""
+        """Begin an update, from what is known now."""
+        self._reset()
         bank = self.model.bank
         bank.flush()
         self._known = bank.variants, bank.image_hashes
-        self._few = False
-        self._waiting, self._recent, self._validated, self._calibration = [], {}, set(), []
 
     def _are_few(self, images: int, variant: str | None) -> bool:
         known = self.model.bank.variants.get(variant or "")
@@ -295,10 +301,13 @@ class ContinualPatchCore(AnomalibModule):
         self._waiting = []
 
     def _undo(self) -> None:
-        """Forget what was learned since the beginning."""
+        """Forget what was learned since the beginning of an update that is under way."""
+        if self._known is None:
+            return
         bank = self.model.bank
         bank.discard()
         bank.variants, bank.image_hashes = self._known
+        self._reset()
         self.model.refresh()
         self._refresh()
 
@@ -440,7 +449,7 @@ class ContinualPatchCore(AnomalibModule):
             self.model.bank = bank
             self.model.refresh()
             raise
-        self._begin()
+        self._reset()
         self._refresh()
         return result
 

@@ -407,6 +407,20 @@ def test_a_failed_fit_changes_nothing(
     assert model.last_report.variants == {"checks": 20}
 
 
+def test_a_fit_that_fails_before_it_begins_changes_nothing(
+    model: ContinualPatchCore,
+    products: Path,
+    make_engine: Make,
+    make_data: Make,
+) -> None:
+    """Nor what came into the bank by another way before."""
+    model.model.learn(tensors_of(products, "checks"), "checks")
+    model.model.bank.commit()
+    with pytest.raises(FileNotFoundError):
+        make_engine().fit(model, datamodule=make_data("checks"), ckpt_path="absent.ckpt")
+    assert "checks" in model.model.bank.variants
+
+
 # Thresholds
 
 
@@ -922,7 +936,7 @@ print("RSS", fit(80, 10_000), fit(800, 20_000))
 
 
 def test_ten_times_the_images_take_no_more_memory(tmp_path: Path) -> None:
-    """The pool is full with a tenth of them already. Nor does the import of the model's class load faiss or openvino."""
+    """The pool is full with a tenth of them already. Nor does the class load faiss or openvino."""
     run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=False)
     numbers = re.search(r"RSS (\d+) (\d+)", run.stdout)
     assert numbers, run.stderr
