@@ -138,27 +138,31 @@ def _few_shot(model: ContinualPatchCore, products: dict[str, Product], size: int
 
 
 def _unlabelled(products: dict[str, Product], size: int) -> None:
-    """Print which variants are found when no image has a label."""
+    """Print which variants are found when no image has a label, and what the rule for it goes by."""
     bank = MemoryBank(size)
     found: dict[str, Counter[str]] = {name: Counter() for name in products}
-    relative = defaultdict(list)
     for name, product in products.items():
         for image in product.train:
             variant = bank.learn(image)
             assert variant is not None
             found[name][variant] += 1
         bank.commit()
+    _row([
+        "product",
+        "images by variant found",
+        "own test images / spread, at most",
+        "other products / spread, at least",
+    ])
+    _row(["---"] * 4)
     for name, product in products.items():
-        variant = found[name].most_common(1)[0][0]
-        own = bank.variants[variant]
-        for image, label in zip(product.test, product.labels, strict=True):
-            if not label:
-                relative[name].append(float(nearest(image, own.vectors)[0].mean()) / own.scale)
-    _row(["product", "images by variant found", "mean distance of good test images / scale"])
-    _row(["---"] * 3)
-    for name, counts in found.items():
-        values = relative[name]
-        _row([name, ", ".join(f"{k}: {v}" for k, v in counts.items()), f"{min(values):.2f} to {max(values):.2f}"])
+        means = product.train.mean(axis=1)
+        prototype = means.mean(axis=0)
+        spread = np.mean([np.linalg.norm(image - prototype, axis=1).mean() for image in product.train])
+        own = np.linalg.norm(product.test[~product.labels].mean(axis=1) - prototype, axis=1).max() / spread
+        others = np.concatenate([other.train.mean(axis=1) for key, other in products.items() if key != name])
+        nearest_other = np.linalg.norm(others - prototype, axis=1).min() / spread
+        counts = ", ".join(f"{key}: {count}" for key, count in found[name].items())
+        _row([name, counts, f"{own:.2f}", f"{nearest_other:.2f}"])
 
 
 def main(root: Path, products: list[str], sizes: list[int] = [2000, 10_000], few_shot: bool = True) -> None:  # noqa: B006

@@ -37,7 +37,7 @@ BLOCK_SIZE = 512
 SCALE_PICKS = 100
 SENIORITY = 2.0
 # An image belongs to a variant if its mean embedding lies within this share of the variant's spread of the prototype.
-# On real products it lay below 0.4 for their own images, and above 0.6 for those of others, see docs/benchmarks.md.
+# Between what own images and what those of other products reach on real data, see docs/benchmarks.md.
 MEMBERSHIP = 0.5
 # The pool that vectors are chosen from holds twice the budget and this many more patches.
 POOL_EXTRA = 8192
