@@ -339,8 +339,10 @@ class ContinualPatchCore(AnomalibModule):
         known = bank.variants[variant].calibration
         if known is not None and known.labels.any():
             return  # scores of real anomalies stay the better guide
+        # Where views were learned, others like them score far lower than another image of the product does.
+        strength = 2.0 if self._are_few(0, variant) else 1.0
         views = torch.cat([
-            augmented_views(image, max(1, FEW_IMAGES // len(images)), seed=NUM_VIEWS + i)
+            augmented_views(image, max(1, FEW_IMAGES // len(images)), seed=NUM_VIEWS + i, strength=strength)
             for i, image in enumerate(images)
         ])
         embeddings = [self.model.embed(view[None]) for view in views]

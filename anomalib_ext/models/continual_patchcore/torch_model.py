@@ -255,13 +255,14 @@ def image_hash(image: torch.Tensor) -> int:
     return int.from_bytes(blake2b(levels.tobytes(), digest_size=8).digest(), "big", signed=True)
 
 
-def augmented_views(image: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+def augmented_views(image: torch.Tensor, count: int, seed: int, strength: float = 1.0) -> torch.Tensor:
     """Slightly rotated, shifted, scaled, lit and blurred views of one image; the same for the same seed.
 
     Args:
         image: Normalised image, shape ``(3, H, W)``.
         count: Number of views.
         seed: Any integer.
+        strength: Factor on all changes.
 
     Returns:
         Views of shape ``(count, 3, H, W)``.
@@ -270,13 +271,18 @@ def augmented_views(image: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     margin = max(1, min(height, width) // 8)
     padded = nn.functional.pad(image[None], (margin,) * 4, mode="reflect")[0]
     transform = v2.Compose([
-        v2.RandomAffine(5, translate=(0.02, 0.02), scale=(0.97, 1.03), interpolation=v2.InterpolationMode.BILINEAR),
+        v2.RandomAffine(
+            5 * strength,
+            translate=(0.02 * strength, 0.02 * strength),
+            scale=(1 - 0.03 * strength, 1 + 0.03 * strength),
+            interpolation=v2.InterpolationMode.BILINEAR,
+        ),
         v2.CenterCrop((height, width)),
-        v2.RandomApply([v2.GaussianBlur(3, (0.1, 0.8))]),
+        v2.RandomApply([v2.GaussianBlur(3, (0.1, 0.8 * strength))]),
     ])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         views = torch.stack([transform(padded) for _ in range(count)])
-        contrast, brightness = 1 + (torch.rand(2, count, 1, 1, 1) - 0.5).to(image.device) * 0.2
+        contrast, brightness = 1 + (torch.rand(2, count, 1, 1, 1) - 0.5).to(image.device) * 0.2 * strength
     mean = views.mean(dim=(1, 2, 3), keepdim=True)
     return (views - mean) * contrast + mean * brightness

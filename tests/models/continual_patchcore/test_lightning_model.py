@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
+from anomalib_ext.data import PhotoVariants
 from anomalib_ext.models import ContinualPatchCore
 from anomalib_ext.models.continual_patchcore import lightning_model
 from anomalib_ext.models.continual_patchcore.lightning_model import AtomicCheckpointIO
@@ -357,6 +358,20 @@ def test_one_image_at_a_time(make_model: Make, products: Path) -> None:
     assert list(model.model.bank.variants) == ["variant_1"]
     assert len(model.model.bank.variants["variant_1"].calibration.labels) == 32
     assert f1_of(model, products, "stripes") >= 0.8
+
+
+def test_one_shot_thresholds(tmp_path: Path) -> None:
+    """Without any validation, most new images of a product of which one image was learned are called good."""
+    data = PhotoVariants(tmp_path, "brick")
+    data.prepare_data()
+    model = ContinualPatchCore().eval()
+    model.partial_fit(images_of(tmp_path, "brick")[0])
+    good, bad = (
+        [bool(model(tensor_from(path)[None]).pred_label) for path in images_of(tmp_path, "brick", f"test/{kind}")]
+        for kind in ("good", "crack")
+    )
+    assert sum(good) <= 3
+    assert sum(bad) >= 2
 
 
 def test_partial_fit_keeps_the_mode(model: ContinualPatchCore, products: Path) -> None:
