@@ -58,7 +58,12 @@ def learn_stream(
                 model.visualizer = ImageVisualizer(output_dir=results_dir / "images" / known)
             tester = Engine(default_root_dir=results_dir, enable_model_summary=False, enable_progress_bar=False)
             values = tester.test(model, datamodule=datamodule, verbose=False)[0]
-            rows.append({"step": step, "learned": name, "variant": known, **{key: values[key] for key in METRICS}})
+            rows.append({
+                "step": step,
+                "learned": name,
+                "variant": known,
+                **{key: values.get(key, float("nan")) for key in METRICS},
+            })
         _write(rows, results_dir / "results.csv")
     for metric in ("image_AUROC", "image_F1Score"):
         console.print(_table(rows, names, metric))

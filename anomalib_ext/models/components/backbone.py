@@ -22,7 +22,6 @@ import timm
 import torch
 from anomalib.models.components import TimmFeatureExtractor
 from huggingface_hub import constants, try_to_load_from_cache
-from safetensors import SafetensorError
 from timm.models import PretrainedCfg, load_state_dict, remap_state_dict
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
@@ -224,8 +223,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(msg)
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, AttributeError) as error:
-        msg = f"{path} is damaged or no weight file: {error}"
+    except Exception as error:  # unpickling foreign files fails in many ways
+        msg = f"{path} is damaged or no weight file: {type(error).__name__}: {error}"
         raise ValueError(msg) from error
     state = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     if not any(t.is_floating_point() for t in state.values()):

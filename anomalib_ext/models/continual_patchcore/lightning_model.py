@@ -56,10 +56,12 @@ class ContinualPatchCore(AnomalibModule):
         pre_trained: Whether to use pretrained weights.
         weights: File with the backbone's weights; without it they are looked up in the Hugging Face cache, in the
             package of the extra ``offline``, and on the hub, in this order.
-        memory_size: Largest number of vectors in the memory bank, for all variants together.
+        memory_size: Largest number of vectors in the memory bank, for all variants together. A checkpoint that is
+            loaded brings its own, and its own precision.
         num_neighbors: Neighbors that weigh the image score. With the default of 1 the score is the largest patch
             distance, which no later learning can raise by more than the radius bound; weighing breaks that promise.
-        one_shot: Whether a variant of at most 16 images is learned with augmented views of them.
+        one_shot: Whether a variant of at most 16 images is learned with augmented views of them. Images without a
+            name are counted by call.
         variant: Name of the variant that is learned. By default it is the category or the name of the datamodule,
             and found from the images where there is none.
         precision: ``float32`` or ``float16``, in which the memory bank is kept.
@@ -183,7 +185,7 @@ class ContinualPatchCore(AnomalibModule):
 
         Args:
             images: RGB images of shape ``(B, 3, H, W)`` in [0, 1], or the path of an image, or several.
-            variant: Name of their variant; found for each image if not given.
+            variant: Name of their variant; the model's `variant` by default, and found for each image without one.
 
         Returns:
             What changed.
@@ -192,6 +194,7 @@ class ContinualPatchCore(AnomalibModule):
             ValueError: If an image is unreadable, too small, of unsuitable depth or not finite.
         """
         items = _checked(images)
+        variant = self.variant if variant is None else variant
         was_training = self.training
         self.eval()
         self._begin()

@@ -2,6 +2,7 @@
 """Patch embeddings, search in the memory bank, and anomaly maps of ContinualPatchCore."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +20,8 @@ from .memory_bank import CALIBRATION_PATCHES, MemoryBank
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
+
+logger = logging.getLogger(__name__)
 
 # Ours; the paper names augmentation only.
 NUM_VIEWS = 16
@@ -229,7 +232,12 @@ class ContinualPatchCoreModel(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Load what :meth:`get_extra_state` gave; see :meth:`read_bank` for errors."""
-        self.bank = self.read_bank(state)
+        own, self.bank = self.bank, self.read_bank(state)
+        if (self.bank.size, self.bank.dtype) != (own.size, own.dtype):
+            logger.warning(
+                "The checkpoint's memory_size %d and precision %s are used, not %d and %s.",
+                *(self.bank.size, self.bank.dtype, own.size, own.dtype),
+            )
         self.refresh()
 
     def read_bank(self, state: dict[str, Any]) -> MemoryBank:
@@ -281,7 +289,7 @@ def augmented_views(image: torch.Tensor, count: int, seed: int, strength: float 
         v2.RandomApply([v2.GaussianBlur(3, (0.1, 0.8 * strength))]),
     ])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU, which alone is restored
         views = torch.stack([transform(padded) for _ in range(count)])
         contrast, brightness = 1 + (torch.rand(2, count, 1, 1, 1) - 0.5).to(image.device) * 0.2 * strength
     mean = views.mean(dim=(1, 2, 3), keepdim=True)
