@@ -887,8 +887,8 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         first += count
         if count < 1 or radii[0] != np.inf or not (np.diff(radii) <= 0).all():
             problems.append(f"radii of {entry['name']} do not fall from infinity")
-        if not (entry["scale"] > 0 and entry["resolution"] >= 0 and entry["images"] >= 0):
-            problems.append(f"scale, resolution or images of {entry['name']} are out of range")
+        if not (entry["scale"] > 0 and all(entry[key] >= 0 for key in ("resolution", "spread", "images"))):
+            problems.append(f"scale, resolution, spread or images of {entry['name']} are out of range")
     return problems
 
 

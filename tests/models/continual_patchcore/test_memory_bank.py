@@ -410,7 +410,7 @@ def test_bound_stays_near_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_pool")
 def test_known_patches_take_no_room_in_the_pool() -> None:
-    """Once the pool was thinned, what lies within its resolution is only counted."""
+    """Once the pool was thinned, what lies within its resolution is only counted, also in the next image."""
     bank = MemoryBank(30)
     for seed in range(12):
         bank.learn(draw("lobes", "a", seed, 60), "a")
@@ -418,9 +418,24 @@ def test_known_patches_take_no_room_in_the_pool() -> None:
     assert stream is not None
     points = stream.points
     assert stream.resolution > 0
-    bank.learn(draw("lobes", "a", 11, 60), "a")
-    np.testing.assert_array_equal(stream.points, points)
-    assert stream.images == 13
+    image = 50 + draw("lobes", "a", 12, 20)
+    for added in (True, False):
+        bank.learn(image, "a")
+        assert (len(stream.points) > len(points)) == added
+        points = stream.points
+
+
+@pytest.mark.usefixtures("small_pool")
+def test_certificate_far_from_the_origin() -> None:
+    """There faiss loses the digits of the distances, once a search is large enough to be a matrix product."""
+    rng = np.random.default_rng(0)
+    sheet = np.random.default_rng(7).normal(size=(2, 152))
+    images = [(30 + rng.normal(size=(1040, 2)) @ sheet).astype(np.float32) for _ in range(3)]
+    bank = MemoryBank(500)
+    for image in images:
+        bank.learn(image, "a")
+    bank.commit()
+    check(bank, {"a": images})
 
 
 @pytest.mark.parametrize("thinned", [False, True])
@@ -502,6 +517,9 @@ def test_budget_is_divided_by_scaled_radius() -> None:
     small, large, plain = (len(variant.radii) for variant in bank.variants.values())
     assert abs(small - large) <= 2
     assert plain < small
+    # What was cut off first lay at the same radius / scale.
+    scaled = [variant.resolution / variant.scale for variant in bank.variants.values()]
+    np.testing.assert_allclose(scaled, scaled[0], rtol=0.1)
 
 
 def test_no_room_for_another_variant() -> None:
@@ -593,7 +611,7 @@ def test_load_refuses_what_lacks_a_part(key: str) -> None:
         MemoryBank.from_arrays(arrays, plain)
 
 
-@pytest.mark.parametrize("key", ["name", "vectors", "scale", "resolution", "images", "calibration_images"])
+@pytest.mark.parametrize("key", ["name", "vectors", "scale", "resolution", "images", "spread", "calibration_images"])
 def test_load_refuses_a_variant_that_lacks_a_part(key: str) -> None:
     """The message names the part."""
     arrays, plain = filled(calibrated=True).to_arrays()
@@ -616,11 +634,13 @@ def test_load_refuses_arrays_of_another_length(key: str, change: Callable[[Array
         MemoryBank.from_arrays(arrays, plain)
 
 
-@pytest.mark.parametrize("key", ["vectors", "radii", "covers", "calibration_patches", "calibration_scores"])
+@pytest.mark.parametrize(
+    "key", ["vectors", "radii", "covers", "prototypes", "calibration_patches", "calibration_scores"]
+)
 def test_load_refuses_values_that_are_not_finite(key: str) -> None:
     """NaN would spread to every score."""
     arrays, plain = filled(calibrated=True).to_arrays()
-    arrays[key][3] = np.nan
+    arrays[key][1] = np.nan
     with pytest.raises(ValueError, match=f"damaged: .*{key}"):
         MemoryBank.from_arrays(arrays, plain)
 
@@ -632,12 +652,16 @@ def test_load_refuses_values_that_are_not_finite(key: str) -> None:
         (lambda plain: plain.update(dtype="float16"), "vectors are of float32"),
         (lambda plain: plain.update(dtype="int8"), "precision must be"),
         (lambda plain: plain["variants"][0].update(name="b"), "twice"),
-        (lambda plain: plain["variants"][0].update(scale=0.0), "scale, resolution or images of a"),
-        (lambda plain: plain["variants"][1].update(resolution=float("nan")), "scale, resolution or images of b"),
+        (lambda plain: plain["variants"][0].update(scale=0.0), "scale, resolution, spread or images of a"),
+        (
+            lambda plain: plain["variants"][1].update(resolution=float("nan")),
+            "scale, resolution, spread or images of b",
+        ),
+        (lambda plain: plain["variants"][1].update(spread=-1.0), "scale, resolution, spread or images of b"),
         (lambda plain: shift(plain, 1), "radii of b do not fall"),
         (lambda plain: shift(plain, -plain["variants"][0]["vectors"]), "radii of a do not fall"),
     ],
-    ids=["size", "dtype", "unknown dtype", "name", "scale", "resolution", "more vectors", "no vectors"],
+    ids=["size", "dtype", "unknown dtype", "name", "scale", "resolution", "spread", "more vectors", "no vectors"],
 )
 def test_load_refuses_contradictions(change: Callable[[dict[str, Any]], None], message: str) -> None:
     """Numbers that cannot be true together."""
@@ -695,6 +719,17 @@ def test_repeated_patches_add_no_vectors(monkeypatch: pytest.MonkeyPatch, dtype:
         report = bank.commit()
         assert (report.added, report.removed) == ({}, {})
     np.testing.assert_array_equal(np.unique(bank.vectors, axis=0), np.unique(vectors, axis=0))
+
+
+def test_full_bank_stays_full() -> None:
+    """Also when images that it knows come again without a hash."""
+    bank = MemoryBank(100)
+    for _ in range(2):
+        for name in "abc":
+            for seed in range(3):
+                bank.learn(draw("lobes", name, seed, 60), name)
+        bank.commit()
+        assert len(bank) == 100
 
 
 def test_remembered_images_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -849,6 +884,9 @@ def test_discard_goes_back_to_the_last_commit() -> None:
         report = bank.commit()
     assert (report.variants, report.known_images, report.added, report.removed) == ({}, 0, {}, {})
     assert not bank.knows(ord("c"))
+    bank.learn(draw("lobes", "c", 9, 40), "c")
+    bank.flush()
+    bank.discard()
     calibration = bank.variants["a"].calibration
     assert calibration is not None
     bank.calibrate("b", calibration.patches, calibration.labels)
@@ -886,6 +924,30 @@ def test_new_names_avoid_those_of_the_user() -> None:
     assert bank.learn(draw("lobes", "z", 0, 60, 16)) == "variant_3"
     assert bank.learn(draw("lobes", "x", 1, 60, 16)) == "variant_1"
     assert bank.learn(draw("lobes", "y", 1, 60, 16)) == "variant_2"
+
+
+def test_mean_and_spread_are_those_of_all_images() -> None:
+    """Whether learned in one session, in several, or by another bank."""
+    images = [draw("lobes", "x", seed, 60, 16) for seed in range(6)]
+    means = [image.mean(axis=0) for image in images]
+    spread = np.mean([np.linalg.norm(image - mean, axis=1).mean() for image, mean in zip(images, means, strict=True)])
+    bank, other = MemoryBank(50), MemoryBank(50)
+    for each, learned in ((bank, images[:3]), (bank, images[3:4]), (other, images[4:])):
+        for image in learned:
+            each.learn(image, "x")
+        each.commit()
+    bank.merge(other)
+    np.testing.assert_allclose(bank.variants["x"].prototype, np.mean(means, axis=0), rtol=1e-4)
+    assert bank.variants["x"].spread == pytest.approx(spread, rel=1e-4)
+
+
+def test_variant_without_spread_is_found() -> None:
+    """An image of nothing but one color still is an image of its product."""
+    bank = MemoryBank(50)
+    bank.learn(draw("black", "x", 0, 60), "x")
+    assert bank.identify(draw("black", "x", 1, 60)) == "x"
+    assert bank.identify(draw("black", "x", 1, 60) + np.linspace(-1, 1.2, 60, dtype=np.float32)[:, None]) == "x"
+    assert bank.identify(draw("black", "x", 1, 60) + 1) is None
 
 
 def test_nothing_is_identified_before_anything_is_learned() -> None:
