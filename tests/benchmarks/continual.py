@@ -20,12 +20,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score, roc_auc_score
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_ext.models.continual_patchcore.memory_bank import (
-    CALIBRATION_PATCHES,
-    MemoryBank,
-    farthest_first,
-    nearest,
-)
+from anomalib_ext.models.components.k_center import farthest_first, nearest
+from anomalib_ext.models.continual_patchcore.memory_bank import CALIBRATION_PATCHES, MemoryBank
 
 Patches = NDArray[np.float32]
 

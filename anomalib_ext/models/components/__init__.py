@@ -1,6 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts that several models share."""
-
-from .backbone import backbone_normalization, load_backbone
-
-__all__ = ["backbone_normalization", "load_backbone"]
+"""Parts that several models share, imported one by one: `k_center` runs where torch is not installed."""

@@ -348,9 +348,10 @@ class ContinualPatchCore(AnomalibModule):
             augmented_views(image, max(1, FEW_IMAGES // len(images)), seed=NUM_VIEWS + i, strength=strength)
             for i, image in enumerate(images)
         ])
-        embeddings = [self.model.embed(view[None]) for view in views]
-        maps = torch.cat([self.model.judge(embedding, views.shape[-2:])[2] for embedding in embeddings])
-        patches = torch.cat([self.model.calibration_patches(embedding) for embedding in embeddings]).cpu().numpy()
+        embedding = torch.cat([self.model.embed(view[None]) for view in views])
+        found = self.model.search(embedding)
+        maps = cast("torch.Tensor", self.model.judge(embedding, *found, views.shape[-2:]).anomaly_map)
+        patches = self.model.calibration_patches(embedding, found[0]).cpu().numpy()
         lowest, highest = float(maps.min()), float(maps.max())
         if known is not None:  # images learned earlier count as well
             patches = np.concatenate([known.patches, patches])
@@ -393,28 +394,33 @@ class ContinualPatchCore(AnomalibModule):
     def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
         """Score a batch and keep what calibrates the thresholds."""
         del args, kwargs
-        embedding = self.model.embed(cast("torch.Tensor", batch.image))
-        result = self._judge(batch, embedding)
+        embedding, scores = self._judge(batch)
         if batch.gt_label is not None:
-            self._calibration.append((self.model.calibration_patches(embedding), batch.gt_label.bool()))
-        return result
+            self._calibration.append((self.model.calibration_patches(embedding, scores), batch.gt_label.bool()))
+        return batch
 
     def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
         """Score a batch."""
         del args, kwargs, batch_idx
-        return self._judge(batch, self.model.embed(batch.image))
+        self._judge(batch)
+        return batch
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch."""
         del batch_idx, dataloader_idx
-        return self._judge(batch, self.model.embed(batch.image))
+        self._judge(batch)
+        return batch
 
-    def _judge(self, batch: Batch, embedding: torch.Tensor) -> Batch:
+    def _judge(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write what the model says into the batch, and return the patch embeddings and their scores."""
         _check_files(getattr(batch, "image_path", None))
-        predictions = self.model.judge(embedding, cast("torch.Tensor", batch.image).shape[-2:])
+        images = cast("torch.Tensor", batch.image)
+        embedding = self.model.embed(images)
+        scores, locations = self.model.search(embedding)
+        predictions = self.model.judge(embedding, scores, locations, images.shape[-2:])
         batch.update(**predictions._asdict())
         setattr(batch, "variant", predictions.variant)  # noqa: B010  # for the post-processor; no field of Anomalib's
-        return batch
+        return embedding, scores
 
     # Checkpoints
 

@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory bank that learns by incremental k-center selection within a fixed budget.
 
-NumPy and faiss only, so that a training PC and an edge PC without torch run the same code. The selection is
-Gonzalez' farthest-first traversal (1985); the incremental rule around it is ours:
-
-* A variant (product) keeps its vectors in order of insertion radius, the distance at which farthest-first picked
-  them. A prefix of a farthest-first order is the farthest-first order of that size, so making room is cutting tails.
-* The budget is divided by equal scaled radius: one threshold on radius / scale of the variant cuts all variants.
-* Patches stream through a pool of bounded size. A patch within the resolution of the pool is known and only counted;
-  the pool is thinned by farthest-first to a quarter when it is full, which coarsens the resolution.
-* Seniors, vectors whose radius is at least twice the resolution, keep their seat in every later selection, and
-  whatever is dropped is charged to its nearest senior. `covers` records the largest distance charged to a vector.
-  Chains of charges stay short that way, and their largest value certifies the coverage of all that was ever learned.
+NumPy and faiss only, so that a training PC and an edge PC without torch run the same code. How a variant is selected
+says `variant.py`. The budget is divided by equal scaled radius: one threshold on radius / scale of the variant cuts all
+variants. The rule is ours.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from anomalib_ext.models.components.k_center import nearest
+
+from .variant import REMEMBERED_IMAGES, Calibration, Variant, VariantStream, cut, description, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,66 +27,16 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
 
 SCHEMA_VERSION = 1
-# Farthest-first works on this many points with the largest stale distances at a time; 256 and 1024 were slower.
-BLOCK_SIZE = 512
-# The scale of a variant is the mean insertion radius of its first picks, as many as even a small bank keeps.
-SCALE_PICKS = 100
-SENIORITY = 2.0
 # An image belongs to a variant if its mean embedding lies within this share of the variant's spread of the prototype.
 # Between what own images and what those of other products reach on real data, see docs/benchmarks.md.
 MEMBERSHIP = 0.5
-# The pool that vectors are chosen from holds twice the budget and this many more patches.
-POOL_EXTRA = 8192
+# The pool that vectors are chosen from holds twice the budget, and for small budgets at least this many patches.
+SMALLEST_POOL = 12_288
 # Calibration keeps the patches of an image that score highest, so that its score can be renewed when vectors go.
 CALIBRATION_PATCHES = 8
 CALIBRATION_IMAGES = 32  # of each label
-REMEMBERED_IMAGES = 65_536
 # Squares of larger values, summed over a patch, would leave the range of float32.
 LARGEST_VALUE = 1e15
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What remains of the images that set a variant's thresholds.
-
-    Attributes:
-        patches: Highest scoring patches of each image, shape `(n, CALIBRATION_PATCHES, d)`.
-        labels: Whether each image is anomalous, shape `(n,)`.
-        scores: Image score of each when it was taken, shape `(n,)`.
-        pixel: Pixel threshold, minimum and maximum of the anomaly maps at that time; NaN where unknown.
-    """
-
-    patches: Array
-    labels: NDArray[np.bool_]
-    scores: Array
-    pixel: tuple[float, float, float] = (np.nan, np.nan, np.nan)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The part of the bank that belongs to one product variant, in order of falling insertion radius.
-
-    Attributes:
-        vectors: Patch embeddings, shape `(n, d)`, float32 or float16.
-        radii: Insertion radius of each vector, shape `(n,)`; the first is infinite.
-        covers: Largest distance from each vector to a learned patch that it stands for, shape `(n,)`.
-        scale: Mean insertion radius of the first picks, the unit in which the budget is divided.
-        resolution: Distance up to which a patch counts as known; 0 until the first vector was dropped.
-        images: Number of images learned.
-        prototype: Mean patch embedding, shape `(d,)`.
-        spread: Mean distance of a patch to the prototype.
-        calibration: Images that set the thresholds, if there were any.
-    """
-
-    vectors: Array
-    radii: Array
-    covers: Array
-    scale: float
-    resolution: float
-    images: int
-    prototype: Array
-    spread: float
-    calibration: Calibration | None = None
 
 
 @dataclass
@@ -128,85 +74,11 @@ class Report:
         )
 
 
-def farthest_first(
-    points: Array,
-    size: int,
-    distances: Array | None = None,
-    stop: float = -1.0,
-) -> tuple[NDArray[np.int64], Array]:
-    """Exact farthest-first traversal, several times faster than the plain loop.
-
-    Distances to a growing set only shrink, so a stale one is an upper bound. The points with the largest bounds are
-    refreshed by one matrix product and picked among themselves until the best of them falls below all others' bounds.
-
-    Args:
-        points: Shape `(n, d)`.
-        size: Number of points to pick, at most `n`.
-        distances: Distance of each point to a set picked before; without it the traversal starts at point 0.
-        stop: Pick no point whose distance is this or less.
-
-    Returns:
-        Indices of the picks in order, and the distance of each to all before it; infinite for a start at point 0.
-    """
-    size = min(size, len(points))
-    picks = np.empty(size, dtype=np.int64)
-    radii = np.empty(size, dtype=np.float32)
-    if size == 0:
-        return picks, radii
-    squares = np.einsum("ij,ij->i", points, points)
-    if distances is None:
-        picks[0], radii[0], count = 0, np.inf, 1
-        bounds = np.maximum(squares + squares[0] - 2 * (points @ points[0]), 0)
-        bounds[0] = -1
-    else:
-        count = 0
-        bounds = np.square(distances, dtype=np.float32)
-    refreshed = np.full(len(points), count, dtype=np.int64)  # number of picks that a bound takes into account
-    limit = stop * stop if stop >= 0 else -0.5  # picked points have the bound -1
-    while count < size:
-        block = np.arange(len(points))
-        others = -1.0
-        if len(points) > BLOCK_SIZE:
-            block = np.argpartition(bounds, -BLOCK_SIZE)[-BLOCK_SIZE:]
-            others = bounds[block].min()
-        current, members = bounds[block], points[block]
-        oldest = refreshed[block].min()
-        if oldest < count:
-            latest = points[picks[oldest:count]]
-            products = members @ latest.T
-            products *= -2
-            products += squares[picks[oldest:count]]
-            fresh = np.maximum(products.min(axis=1) + squares[block], 0)
-            current = np.where(current < 0, current, np.minimum(current, fresh))
-        among = members @ members.T
-        among *= -2
-        among += squares[block]
-        among += squares[block][:, None]
-        np.maximum(among, 0, out=among)
-        best = np.inf
-        while count < size:
-            position = int(current.argmax())
-            best = current[position]
-            if best < others or best <= limit:
-                break
-            picks[count], radii[count] = block[position], np.sqrt(best)
-            count += 1
-            np.minimum(current, among[position], out=current)
-            current[position] = -1
-        bounds[block], refreshed[block] = current, count
-        if best <= limit and best >= others:
-            break
-    return picks[:count], radii[:count]
-
-
-def nearest(queries: Array, references: Array) -> tuple[Array, NDArray[np.int64]]:
-    """Distance of each query to its nearest reference, shape `(n,)`, and the index of that reference."""
-    import faiss
-
-    references = np.ascontiguousarray(references, dtype=np.float32)
-    index = faiss.knn(np.ascontiguousarray(queries, dtype=np.float32), references, 1)[1][:, 0]
-    # The search subtracts large squares; the distance itself is taken directly.
-    return np.linalg.norm(queries - references[index], axis=1), index
+def _spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """At most CALIBRATION_IMAGES of the indices, evenly spread over them."""
+    if len(indices) <= CALIBRATION_IMAGES:
+        return indices
+    return indices[np.linspace(0, len(indices) - 1, CALIBRATION_IMAGES).astype(int)]
 
 
 def equal_scaled_radius(variants: Mapping[str, Variant], size: int) -> dict[str, int]:
@@ -217,220 +89,6 @@ def equal_scaled_radius(variants: Mapping[str, Variant], size: int) -> dict[str,
         return {name: len(radii) for name, radii in scaled.items()}
     threshold = np.partition(together, -size - 1)[-size - 1]
     return {name: int((radii > threshold).sum()) for name, radii in scaled.items()}
-
-
-def _spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """At most CALIBRATION_IMAGES of the indices, evenly spread over them."""
-    if len(indices) <= CALIBRATION_IMAGES:
-        return indices
-    return indices[np.linspace(0, len(indices) - 1, CALIBRATION_IMAGES).astype(int)]
-
-
-def _rounded(vectors: Array, dtype: np.dtype) -> tuple[Array, Array]:
-    """Vectors as `dtype` holds them, and the distance by which each was moved."""
-    rounded = vectors.astype(dtype)
-    return rounded, np.linalg.norm(rounded.astype(np.float32) - vectors, axis=1)
-
-
-def _charge(points: Array, covers: Array, dropped: Array, dropped_covers: Array) -> None:
-    """Raise `covers` until `points` stand for all that `dropped`, each charged to its nearest point, stood for."""
-    if len(dropped):
-        distances, index = nearest(dropped, points)
-        np.maximum.at(covers, index, distances + dropped_covers)
-
-
-def _covers_after_cut(points: Array, covers: Array, radii: Array, keep: int, resolution: float) -> Array:
-    """Covers of the first `keep` points, ordered by radius, once the rest is charged to the seniors among them."""
-    seniors = max(1, int((radii[:keep] >= SENIORITY * resolution).sum()))
-    kept = covers[:keep].copy()
-    _charge(points[:seniors], kept[:seniors], points[keep:], covers[keep:])
-    return kept
-
-
-def _cut(variant: Variant, keep: int) -> Variant:
-    """Keep the first `keep` vectors."""
-    if keep >= len(variant.radii):
-        return variant
-    resolution = max(variant.resolution, float(variant.radii[keep]))
-    vectors = variant.vectors.astype(np.float32, copy=False)
-    # Copies, so that the memory of what was cut is given back.
-    return replace(
-        variant,
-        vectors=variant.vectors[:keep].copy(),
-        radii=variant.radii[:keep].copy(),
-        covers=_covers_after_cut(vectors, variant.covers, variant.radii, keep, resolution),
-        resolution=resolution,
-    )
-
-
-def _description(patches: Array) -> tuple[Array, float]:
-    """Mean of patches of shape `(n, d)`, and their mean distance to it."""
-    mean = patches.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return mean, float(np.linalg.norm(patches - mean, axis=1).mean())
-
-
-def _scale(radii: Array, known: Variant | None) -> float:
-    """Scale of a variant with vectors of these falling radii, of which the first is infinite."""
-    picks = radii[1 : SCALE_PICKS + 1]
-    if known is not None and known.resolution > 0 and len(picks) < SCALE_PICKS:
-        return known.scale  # measured before it was cut too short to measure
-    return max(float(picks.mean()), 1e-6) if len(picks) else 1.0
-
-
-def _is_first(points: Array, radii: Array) -> NDArray[np.bool_]:
-    """Mask of the points, in order of radius, that do not repeat an earlier one up to rounding."""
-    import faiss
-
-    norm = float(np.linalg.norm(points, axis=1).mean())
-    first = np.ones(len(points), dtype=bool)
-    # A matrix product cannot tell radii this small from zero, so these are looked at again.
-    suspects = np.flatnonzero(radii <= 1e-2 * norm)
-    if len(suspects):
-        neighbors = faiss.knn(points[suspects], points, min(4, len(points)))[1]
-        gaps = np.linalg.norm(points[neighbors] - points[suspects][:, None], axis=2)
-        first[suspects] = ~((gaps <= 1e-6 * norm) & (neighbors < suspects[:, None])).any(axis=1)
-    return first
-
-
-class _Stream:
-    """Patches of one variant on their way into the bank, in bounded memory."""
-
-    def __init__(self, name: str, known: Variant | None, dimension: int, capacity: int, dtype: np.dtype) -> None:
-        self.name = name
-        self.known = known
-        self.capacity = capacity
-        self.dtype = dtype
-        self.points = np.empty((0, dimension), np.float32)
-        self.radii = np.empty(0, np.float32)  # 0 for points that farthest-first has not seen yet
-        self.covers = np.empty(0, np.float32)
-        self.resolution = 0.0
-        self.images = 0
-        self.prototype = np.zeros(dimension, np.float32)
-        self.spread = 0.0
-        self.hashes: deque[int] = deque(maxlen=REMEMBERED_IMAGES)
-        self.seconds = 0.0
-        if known is not None:
-            self.points = known.vectors.astype(np.float32)
-            self.radii, self.covers, self.resolution = known.radii, known.covers.copy(), known.resolution
-            self.prototype, self.spread = known.prototype, known.spread
-        self._index = self._build_index()
-
-    def absorb(self, patches: Array, covers: Array | None = None) -> None:
-        """Take in patches of shape `(n, d)`; `covers` says what they already stand for."""
-        covers = np.zeros(len(patches), np.float32) if covers is None else covers
-        for start in range(0, len(patches), self.capacity):
-            chunk = slice(start, start + self.capacity)
-            # As the bank will hold them, so that what is learned again coincides with what is there.
-            rounded, moved = _rounded(patches[chunk], self.dtype)
-            self._absorb(np.ascontiguousarray(rounded, dtype=np.float32), covers[chunk] + moved)
-
-    def _absorb(self, patches: Array, covers: Array) -> None:
-        if self._index is not None:
-            squares, found = self._index.search(patches, 1)
-            index = found[:, 0]
-            # The index may miss the nearest point, which costs at most a vector too many in the pool.
-            distances = np.where(index < 0, np.float32(np.inf), np.sqrt(np.maximum(squares[:, 0], 0)))
-            known = distances <= self.resolution
-            # The index subtracts large squares; what is charged is taken directly.
-            exact = np.linalg.norm(patches[known] - self.points[index[known]], axis=1)
-            np.maximum.at(self.covers, index[known], exact + covers[known])
-            patches, covers, distances = patches[~known], covers[~known], distances[~known]
-            picks, _ = farthest_first(patches, len(patches), distances, stop=self.resolution)
-            rest = np.setdiff1d(np.arange(len(patches)), picks)
-            new, new_covers = patches[picks], covers[picks]
-            _charge(new, new_covers, patches[rest], covers[rest])  # within the resolution of a pick
-            patches, covers = new, new_covers
-            if len(patches):
-                self._index.add(patches)
-        self.points = np.concatenate([self.points, patches])
-        self.radii = np.concatenate([self.radii, np.zeros(len(patches), np.float32)])
-        self.covers = np.concatenate([self.covers, covers])
-        if len(self.points) > self.capacity:
-            self.select(self.capacity // 4)
-            self._index = self._build_index()
-
-    def describe(self, prototype: Array, spread: float, images: int) -> None:
-        """Count images of this mean embedding and spread."""
-        before = self.images + (self.known.images if self.known else 0)
-        weight = images / max(before + images, 1)
-        self.prototype = (self.prototype + weight * (prototype - self.prototype)).astype(np.float32)
-        self.spread += weight * (spread - self.spread)
-        self.images += images
-
-    def select(self, size: int, stop: float = -1.0) -> None:
-        """Reduce the pool to points in order of insertion radius, seniors keeping their seat.
-
-        Args:
-            size: Largest number of points that are kept.
-            stop: Keep no point, but for seniors, whose radius is this or less.
-        """
-        points, covers = self.points, self.covers
-        seated = (self.radii >= SENIORITY * self.resolution) & (self.resolution > 0)
-        rest = np.flatnonzero(~seated)
-        distances = nearest(points[rest], points[seated])[0] if seated.any() and len(rest) else None
-        picks, radii = farthest_first(points[rest], size + 1, distances, stop)
-        chosen = np.concatenate([np.flatnonzero(seated), rest[picks]])
-        radii = np.concatenate([self.radii[seated], radii])
-        by_radius = np.argsort(-radii, kind="stable")
-        chosen, radii = chosen[by_radius], radii[by_radius]
-        others = np.setdiff1d(np.arange(len(points)), chosen)
-        first = _is_first(points[chosen], radii)
-        repeated, chosen, radii = chosen[~first], chosen[first], radii[first]
-        order = np.concatenate([chosen, others])
-        kept_covers = covers[chosen]
-        _charge(points[chosen], kept_covers, points[repeated], covers[repeated])
-        points, covers = points[order], np.concatenate([kept_covers, covers[others]])
-        keep = min(size, len(chosen))
-        if len(points) > keep:
-            # The rest lies within the radius of the first point too many, or within `stop`, or repeats a point.
-            self.resolution = max(self.resolution, float(radii[keep]) if keep < len(radii) else stop)
-            covers = _covers_after_cut(points, covers, radii, keep, self.resolution)
-            points, radii = points[:keep].copy(), radii[:keep].copy()
-        self.points, self.radii, self.covers = points, radii, covers
-
-    def scale(self) -> float:
-        """Scale of the variant as it is so far."""
-        if self.known is not None:
-            return self.known.scale
-        return _scale(farthest_first(self.points, SCALE_PICKS + 1)[1], None)
-
-    def result(self, size: int, threshold: float) -> Variant:
-        """The variant with at most `size` vectors, or as many as its scale takes; the stream is used up.
-
-        Args:
-            size: Budget of the bank.
-            threshold: Radius / scale down to which the bank cuts all variants at least.
-        """
-        scale = self.scale()
-        self.select(max(size, SCALE_PICKS + 1), threshold * scale if threshold > 0 else -1.0)
-        return Variant(
-            vectors=self.points.astype(self.dtype, copy=False),
-            radii=self.radii,
-            covers=self.covers,
-            scale=scale if self.known is None else _scale(self.radii, self.known),
-            resolution=self.resolution,
-            images=self.images + (self.known.images if self.known else 0),
-            prototype=self.prototype,
-            spread=self.spread,
-            calibration=self.known.calibration if self.known else None,
-        )
-
-    def _build_index(self) -> Any:  # noqa: ANN401  # faiss is imported late and untyped
-        if self.resolution <= 0:
-            return None  # nothing is known yet, so there is nothing to look up
-        import faiss
-
-        dimension = self.points.shape[1]
-        flat = faiss.IndexFlatL2(dimension)
-        index: Any = flat
-        if len(self.points) >= 2048:
-            # The first picks of farthest-first are well spread: as good as trained centroids, and free.
-            flat.add(self.points[:128])
-            index = faiss.IndexIVFFlat(flat, dimension, 128)
-            index.nprobe = 4
-            self._quantizer = flat  # faiss does not keep it alive
-        index.add(self.points)
-        return index
 
 
 class MemoryBank:
@@ -461,7 +119,7 @@ class MemoryBank:
         self.dtype = np.dtype(dtype)
         self.variants: dict[str, Variant] = {}
         self.image_hashes: NDArray[np.int64] = np.empty(0, np.int64)
-        self._stream: _Stream | None = None
+        self._stream: VariantStream | None = None
         self._report = Report()
         # What `discard` goes back to, once something was brought into the bank since the last commit.
         self._before: tuple[dict[str, Variant], NDArray[np.int64]] | None = None
@@ -538,14 +196,15 @@ class MemoryBank:
             self._stream = self._open_stream(variant, patches.shape[1])
         patches = patches.astype(np.float32, copy=False)
         self._stream.absorb(patches)
-        self._stream.describe(*_description(patches), images=1)
+        self._stream.describe(*description(patches), images=1)
         if image_hash is not None:
             self._stream.hashes.append(image_hash)
         self._stream.seconds += time.perf_counter() - start
         return variant
 
-    def _open_stream(self, variant: str, dimension: int) -> _Stream:
-        return _Stream(variant, self.variants.get(variant), dimension, 2 * self.size + POOL_EXTRA, self.dtype)
+    def _open_stream(self, variant: str, dimension: int) -> VariantStream:
+        pool = max(2 * self.size, SMALLEST_POOL)
+        return VariantStream(variant, self.variants.get(variant), dimension, pool, self.dtype)
 
     def commit(self) -> Report:
         """Bring what was learned since the last commit into the bank.
@@ -591,7 +250,7 @@ class MemoryBank:
         variants = {**self.variants, **variants}
         shares = equal_scaled_radius(variants, self.size)
         self._before = self._before or (self.variants, self.image_hashes)
-        self.variants = {name: _cut(variant, shares[name]) for name, variant in variants.items()}
+        self.variants = {name: cut(variant, shares[name]) for name, variant in variants.items()}
         self.image_hashes = np.concatenate([self.image_hashes, image_hashes])[-REMEMBERED_IMAGES:]
 
     def identify(self, patches: Array) -> str | None:
@@ -607,7 +266,7 @@ class MemoryBank:
             known[self._stream.name] = (self._stream.prototype, self._stream.spread)
         if not known:
             return None
-        mean, own_spread = _description(patches)
+        mean, own_spread = description(patches)
         name = min(known, key=lambda key: float(np.linalg.norm(known[key][0] - mean)))
         prototype, spread = known[name]
         return name if np.linalg.norm(prototype - mean) <= MEMBERSHIP * max(spread, own_spread) else None
@@ -632,7 +291,7 @@ class MemoryBank:
         unknown: dict[str, Variant] = {}
         for name, variant in other.variants.items():
             if name not in self.variants:
-                vectors, moved = _rounded(variant.vectors, self.dtype)
+                vectors, moved = rounded(variant.vectors, self.dtype)
                 unknown[name] = replace(variant, vectors=vectors, covers=variant.covers + moved)
         hashes = other.image_hashes[~np.isin(other.image_hashes, self.image_hashes)]
         for name, variant in other.variants.items():

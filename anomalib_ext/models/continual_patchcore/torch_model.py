@@ -88,17 +88,17 @@ class ContinualPatchCoreModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> ContinualInferenceBatch:
         """Score normalised images of shape ``(B, 3, H, W)``, see :meth:`judge`."""
-        return self.judge(self.embed(images), images.shape[-2:])
+        embedding = self.embed(images)
+        return self.judge(embedding, *self.search(embedding), images.shape[-2:])
 
-    def judge(self, embedding: torch.Tensor, size: torch.Size) -> ContinualInferenceBatch:
-        """Score patch embeddings.
+    def search(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look patches up in the bank.
 
         Args:
             embedding: Patch embeddings, shape ``(B, h, w, d)``.
-            size: Height and width of the images.
 
         Returns:
-            Raw scores of shape ``(B,)``, anomaly maps ``(B, 1, H, W)`` and variants ``(B,)``.
+            Distance of each patch to its nearest vector, and the index of that vector, each of shape ``(B, h * w)``.
 
         Raises:
             RuntimeError: If nothing was learned yet.
@@ -110,20 +110,40 @@ class ContinualPatchCoreModel(nn.Module):
                 "partial_fit), or load a checkpoint (--ckpt_path)."
             )
             raise RuntimeError(msg)
-        batch, height, width, dimension = embedding.shape
-        patches = embedding.reshape(batch, height * width, dimension)
+        patches = embedding.flatten(1, 2)
         if torch.compiler.is_compiling():  # for export: one product, the batch dimension stays open
-            scores, locations = self.nearest_neighbors(patches)
-        else:  # one image at a time, or the distances of a batch take gigabytes
-            found = [self.nearest_neighbors(image) for image in patches]
-            scores, locations = (torch.stack(part) for part in zip(*found, strict=True))
-            if not torch.isfinite(scores).all():
-                bad = (~torch.isfinite(scores).all(dim=1)).nonzero().flatten().tolist()
-                msg = f"Images {bad} of the batch give scores that are not finite; look for NaN in them or the weights."
-                raise ValueError(msg)
+            return self.nearest_neighbors(patches)
+        # One image at a time, or the distances of a batch take gigabytes.
+        found = [self.nearest_neighbors(image) for image in patches]
+        scores, locations = (torch.stack(part) for part in zip(*found, strict=True))
+        if not torch.isfinite(scores).all():
+            bad = (~torch.isfinite(scores).all(dim=1)).nonzero().flatten().tolist()
+            msg = f"Images {bad} of the batch give scores that are not finite; look for NaN in them or the weights."
+            raise ValueError(msg)
+        return scores, locations
+
+    def judge(
+        self,
+        embedding: torch.Tensor,
+        scores: torch.Tensor,
+        locations: torch.Tensor,
+        size: torch.Size,
+    ) -> ContinualInferenceBatch:
+        """Score images by what :meth:`search` found.
+
+        Args:
+            embedding: Patch embeddings, shape ``(B, h, w, d)``.
+            scores: Distances of the patches, shape ``(B, h * w)``.
+            locations: Indices of the nearest vectors, shape ``(B, h * w)``.
+            size: Height and width of the images.
+
+        Returns:
+            Raw scores of shape ``(B,)``, anomaly maps ``(B, 1, H, W)`` and variants ``(B,)``.
+        """
+        batch, height, width, _ = embedding.shape
         votes = self.owners[locations].unsqueeze(-1) == torch.arange(len(self.bank.variants), device=scores.device)
         return ContinualInferenceBatch(
-            pred_score=self.image_score(scores, locations, patches),
+            pred_score=self.image_score(scores, locations, embedding.flatten(1, 2)),
             anomaly_map=self.anomaly_map_generator(scores.reshape(batch, 1, height, width), size),
             variant=votes.sum(dim=1).argmax(dim=-1),
         )
@@ -148,6 +168,9 @@ class ContinualPatchCoreModel(nn.Module):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings of shape ``(B, h, w, d)``, in float32, for images of shape ``(B, 3, H, W)``."""
+        if len(images) > 1 and images.device.type == "cpu" and not torch.compiler.is_compiling():
+            # The feature maps of a batch do not stay in a CPU's cache: one by one takes half the time.
+            return torch.cat([self.embed(image) for image in images.split(1)])
         if self.tiler:
             images = self.tiler.tile(images)
         features = self.feature_extractor(images)
@@ -197,16 +220,22 @@ class ContinualPatchCoreModel(nn.Module):
             names[i] = self.bank.learn(patches.cpu().numpy(), variant, hashes[i])
         return names
 
-    def calibration_patches(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Highest scoring patches of embeddings ``(B, h, w, d)``, shape ``(B, CALIBRATION_PATCHES, d)``."""
-        chosen = []
-        for patches in embedding.flatten(1, 2):
-            scores, _ = self.nearest_neighbors(patches)
-            # Fewer patches than wanted: the lowest is repeated, which changes no maximum.
-            order = scores.argsort(descending=True)[:CALIBRATION_PATCHES]
-            order = torch.cat([order, order[-1:].expand(CALIBRATION_PATCHES - len(order))])
-            chosen.append(patches[order])
-        return torch.stack(chosen)
+    @staticmethod
+    def calibration_patches(embedding: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Highest scoring patches of each image.
+
+        Args:
+            embedding: Patch embeddings, shape ``(B, h, w, d)``.
+            scores: Distances of the patches, shape ``(B, h * w)``.
+
+        Returns:
+            Shape ``(B, CALIBRATION_PATCHES, d)``.
+        """
+        patches = embedding.flatten(1, 2)
+        order = scores.argsort(dim=1, descending=True)[:, :CALIBRATION_PATCHES]
+        # Fewer patches than wanted: the lowest is repeated, which changes no maximum.
+        order = torch.cat([order, order[:, -1:].expand(-1, CALIBRATION_PATCHES - order.shape[1])], dim=1)
+        return patches.gather(1, order.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
     def refresh(self) -> None:
         """Bring the bank into the tensors that are searched."""

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from anomalib_ext.models.components import backbone_normalization, load_backbone
+from anomalib_ext.models.components.backbone import backbone_normalization, load_backbone
 
 LAYERS = {
     "resnet18": ["layer1", "layer2"],
@@ -319,7 +319,7 @@ def test_environment_variables_are_respected(tmp_path: Path) -> None:
     path = write_cache(tmp_path / "home" / "hub", "timm/test_resnet.r160_in1k", random_state("test_resnet"))
     code = (
         "import logging; logging.basicConfig(level=logging.INFO)\n"
-        "from anomalib_ext.models.components import load_backbone\n"
+        "from anomalib_ext.models.components.backbone import load_backbone\n"
         "load_backbone('test_resnet', ['layer1'])\n"
         "try: load_backbone('test_vit', ['blocks.1'])\n"
         "except FileNotFoundError as error: print(error)\n"

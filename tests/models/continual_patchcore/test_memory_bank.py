@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from numpy.typing import NDArray
 
-from anomalib_ext.models.continual_patchcore import memory_bank
+from anomalib_ext.models.components import k_center
+from anomalib_ext.models.components.k_center import BLOCK_SIZE, farthest_first
+from anomalib_ext.models.continual_patchcore import memory_bank, variant
 from anomalib_ext.models.continual_patchcore.memory_bank import (
-    BLOCK_SIZE,
     CALIBRATION_IMAGES,
     CALIBRATION_PATCHES,
     MemoryBank,
     f1_threshold,
-    farthest_first,
 )
 
 Array = NDArray[np.float32]
@@ -163,7 +163,7 @@ def _one_thread() -> Generator[None]:
 @pytest.fixture
 def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the pool overflow after a few images."""
-    monkeypatch.setattr(memory_bank, "POOL_EXTRA", 40)
+    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 40)
 
 
 # Farthest-first traversal
@@ -222,7 +222,7 @@ def test_farthest_first_picks_the_farthest(
     points = draw(shape, "a", seed, count)
     distances = distances_between(points, points[:2] + 1).astype(np.float32) if start and count else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_bank, "BLOCK_SIZE", block)
+        patch.setattr(k_center, "BLOCK_SIZE", block)
         picks, radii = farthest_first(points, size, distances, stop)
         shorter = farthest_first(points, size // 2, distances, stop)
     assert len(set(picks.tolist())) == len(picks) == len(radii) <= min(size, count)
@@ -253,15 +253,15 @@ class Learning(RuleBasedStateMachine):
 
     @initialize(
         size=st.integers(1, 90),
-        extra=st.sampled_from([8, 60, 200]),
+        pool=st.sampled_from([8, 60, 200]),
         dtype=st.sampled_from(["float32", "float16"]),
         shape=st.sampled_from(sorted(SHAPES)),
         magnitude=st.sampled_from([1.0, 0.01, 100.0]),
         dimension=st.integers(1, 5),
     )
-    def begin(self, size: int, extra: int, dtype: str, shape: str, magnitude: float, dimension: int) -> None:
+    def begin(self, size: int, pool: int, dtype: str, shape: str, magnitude: float, dimension: int) -> None:
         """An empty bank."""
-        self.patch.setattr(memory_bank, "POOL_EXTRA", extra)
+        self.patch.setattr(memory_bank, "SMALLEST_POOL", pool)
         self.bank = MemoryBank(size, dtype)
         self.draw = lambda name, seed, count: draw(shape, name, seed, count, dimension, magnitude)
         self._remember()
@@ -381,7 +381,7 @@ def test_budget_certificate_and_reports_hold_after_any_operations() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_certificate_with_an_approximate_index(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """A pool that is large enough for the inverted lists of faiss, which miss some neighbors."""
-    monkeypatch.setattr(memory_bank, "POOL_EXTRA", 7000)
+    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 9000)
     bank = MemoryBank(1000, dtype)
     learned: Ledger = {name: [draw("curve", name, seed, 700, 6) for seed in range(14)] for name in "ab"}
     for name, images in learned.items():
@@ -395,7 +395,7 @@ def test_certificate_with_an_approximate_index(monkeypatch: pytest.MonkeyPatch, 
 
 def test_bound_stays_near_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is of use only so; a variant that grows for 200 sessions would make long chains of charges."""
-    monkeypatch.setattr(memory_bank, "POOL_EXTRA", 8)
+    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 88)
     ratios = []
     for seed in range(4):
         rng = np.random.default_rng(seed)
@@ -472,7 +472,7 @@ def test_order_of_variants_does_not_matter(order: list[str], size: int, dtype: s
     """Learned one after the other, variants share the budget in the same way in any order."""
     banks = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_bank, "POOL_EXTRA", 40)
+        patch.setattr(memory_bank, "SMALLEST_POOL", 40)
         for names in (sorted(order), order):
             bank = MemoryBank(size, dtype)
             for name in names:
@@ -484,9 +484,9 @@ def test_order_of_variants_does_not_matter(order: list[str], size: int, dtype: s
         np.testing.assert_array_equal(banks[0].variants[name].vectors, banks[1].variants[name].vectors)
 
 
-@pytest.mark.usefixtures("small_pool")
-def test_order_does_not_matter_after_the_pool_overflowed() -> None:
+def test_order_does_not_matter_after_the_pool_overflowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A complex variant that the pool made coarser leaves room, which a plain one fills in either order."""
+    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 640)
     rng = np.random.default_rng(0)
     patches = {
         "complex": rng.normal(size=(660, 6)).astype(np.float32),
@@ -556,7 +556,7 @@ def test_no_room_for_another_variant() -> None:
 def test_going_on_from_a_saved_bank(actions: list[Any], dtype: str) -> None:
     """A bank that is saved and loaded at every chance ends bit by bit as one that never was."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_bank, "POOL_EXTRA", 40)
+        patch.setattr(memory_bank, "SMALLEST_POOL", 40)
         bank = MemoryBank(50, dtype)
         kept = MemoryBank(50, dtype)
         for action in [*actions, "commit"]:
@@ -703,7 +703,7 @@ def test_known_image_changes_nothing() -> None:
 @pytest.mark.parametrize("shape", ["lobes", "black"])
 def test_repeated_patches_add_no_vectors(monkeypatch: pytest.MonkeyPatch, dtype: str, shape: str) -> None:
     """Without a hash, often enough that the pool overflows, in one session and in later ones."""
-    monkeypatch.setattr(memory_bank, "POOL_EXTRA", 200)
+    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 600)
     bank = MemoryBank(200, dtype)
     image = draw(shape, "a", 0, 100)
     for _ in range(15):
@@ -734,7 +734,8 @@ def test_full_bank_stays_full() -> None:
 
 def test_remembered_images_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest are forgotten, in the stream, the bank and a merge."""
-    monkeypatch.setattr(memory_bank, "REMEMBERED_IMAGES", 4)
+    for module in (memory_bank, variant):
+        monkeypatch.setattr(module, "REMEMBERED_IMAGES", 4)
     bank, other = MemoryBank(9), MemoryBank(9)
     for value in range(9, 0, -1):
         bank.learn(np.ones((1, 2), np.float32), "a", image_hash=value)
@@ -859,9 +860,9 @@ def test_precision_must_be_known() -> None:
         MemoryBank(9, "int8")
 
 
-@pytest.mark.usefixtures("small_pool")
-def test_image_larger_than_budget_and_pool() -> None:
+def test_image_larger_than_budget_and_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes through the pool in parts, in any float type."""
+    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 60)
     bank = MemoryBank(20)
     image = draw("lobes", "a", 0, 1000)
     bank.learn(image.astype(np.float64), "a")
@@ -1080,7 +1081,7 @@ def test_bad_calibration_is_refused(change: Callable[[Array], Array]) -> None:
 
 def test_memory_does_not_grow_with_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times the images take no more memory at the peak, of NumPy and of the index of faiss."""
-    monkeypatch.setattr(memory_bank, "POOL_EXTRA", 600)
+    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 800)
 
     def peaks(images: int) -> tuple[int, int]:
         bank, indexed = MemoryBank(100), 0
