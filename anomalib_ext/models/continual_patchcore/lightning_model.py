@@ -219,8 +219,8 @@ class ContinualPatchCore(AnomalibModule):
             self._learn_waiting(variant)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's callbacks, and one that undoes what a failed fit has learned."""
-        return [*cast("list[Callback]", super().configure_callbacks()), _UndoOnException()]
+        """Anomalib's callbacks, and one for what fails."""
+        return [*cast("list[Callback]", super().configure_callbacks()), _AfterException()]
 
     def setup(self, stage: str) -> None:
         """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
@@ -475,8 +475,8 @@ class ContinualPatchCore(AnomalibModule):
         self.model.read_bank(state_dict["model._extra_state"])
 
 
-class _UndoOnException(Callback):
-    """After a fit that failed, what was known before remains."""
+class _AfterException(Callback):
+    """After a fit that failed, what was known before remains; and unreadable images are named, if those were why."""
 
     def on_exception(  # noqa: PLR6301  # Lightning's hook
         self,
@@ -484,10 +484,13 @@ class _UndoOnException(Callback):
         pl_module: LightningModule,
         exception: BaseException,
     ) -> None:
-        """Undo it."""
-        del exception
+        """Undo and explain."""
         if trainer.state.fn == TrainerFn.FITTING and isinstance(pl_module, ContinualPatchCore):
             pl_module._undo()  # noqa: SLF001  # its own module
+        # Pillow's error for a truncated image does not say which one it is; those of the system have a number.
+        if isinstance(exception, SyntaxError) or (isinstance(exception, OSError) and exception.errno is None):
+            for path in _unreadable_images(trainer):
+                logger.error("%s cannot be read as an image; repair or remove it.", path)
 
 
 class AtomicCheckpointIO(AnomalibCheckpointIO):
@@ -532,6 +535,31 @@ def _check_files(paths: Sequence[str] | None) -> None:
                 "convert the image to 8 bits first, in the same way for learning and for judging."
             )
             raise ValueError(msg)
+
+
+def _unreadable_images(trainer: Trainer) -> list[str]:
+    """Image files of the trainer's datasets that cannot be decoded."""
+    paths: list[str] = []
+    for loaders in (
+        trainer.train_dataloader,
+        trainer.val_dataloaders,
+        trainer.test_dataloaders,
+        trainer.predict_dataloaders,
+    ):
+        for loader in loaders if isinstance(loaders, list) else [loaders]:
+            dataset = getattr(loader, "dataset", None)
+            samples = getattr(dataset, "samples", None)
+            paths.extend(getattr(dataset, "image_filenames", []) if samples is None else samples.image_path)
+    return [str(path) for path in paths if not _is_readable(path)]
+
+
+def _is_readable(path: str | Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError):
+        return False
+    return True
 
 
 def _checked(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[torch.Tensor] | list[str | Path]:
