@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of Anomalib's own command with the model, by its console script and, for the cheaper commands, its main."""
 
+import csv
 import subprocess
 import sys
 import sysconfig
@@ -76,6 +77,24 @@ def test_test(category: str, command: Callable[..., None], capsys: pytest.Captur
     results = {name.strip(): float(value) for name, value in values.items()}
     assert results["image_AUROC"] > 0.9
     assert results["image_F1Score"] > 0.8
+
+
+def test_benchmark(command: Callable[..., None], trained: Path) -> None:
+    """Anomalib's benchmark runs the model by its name alone."""
+    (trained / "benchmark.yaml").write_text(
+        """
+        accelerator: cpu
+        benchmark:
+          seed: 0
+          model: {class_path: ContinualPatchCore, init_args: {memory_size: 2000}}
+          data: {class_path: MVTecAD, init_args: {root: photos, category: cell, num_workers: 0}}
+        """,
+    )
+    command("benchmark", "--config", "benchmark.yaml")
+    (table,) = trained.glob("runs/benchmark/*/results.csv")
+    (row,) = csv.DictReader(table.open())
+    assert row["model.class_path"] == "ContinualPatchCore"
+    assert float(row["image_AUROC"]) > 0.9
 
 
 def test_fit(command: Callable[..., None], trained: Path) -> None:
