@@ -167,6 +167,7 @@ class MemoryBank:
         patches: Array,
         variant: str | None = None,
         image_hash: int | None = None,
+        views: Array | None = None,
     ) -> str | None:
         """Take in the patches of one image.
 
@@ -174,6 +175,7 @@ class MemoryBank:
             patches: Patch embeddings, shape `(n, d)`.
             variant: Name of the variant; found by :meth:`identify` if not given.
             image_hash: Identifies the image, which is then learned once only.
+            views: Patch embeddings of augmented views of the image, shape `(m, d)`.
 
         Returns:
             Name of the variant, None if the image was known.
@@ -183,6 +185,8 @@ class MemoryBank:
                 large, or if the bank has no room for another variant. Nothing was learned then.
         """
         self._validate(patches)
+        if views is not None:
+            self._validate(views)
         if image_hash is not None and self.knows(image_hash):
             self.count_known(1)
             return None
@@ -194,8 +198,11 @@ class MemoryBank:
             self.flush()
         if self._stream is None:
             self._stream = self._open_stream(variant, patches.shape[1])
+        novelty = self._stream.novelty(patches)
+        if novelty is not None:
+            self._stream.novelties.append(novelty)
         patches = patches.astype(np.float32, copy=False)
-        self._stream.absorb(patches)
+        self._stream.absorb(patches if views is None else np.concatenate([patches, views.astype(np.float32)]))
         self._stream.describe(*description(patches), images=1)
         if image_hash is not None:
             self._stream.hashes.append(image_hash)
@@ -314,6 +321,7 @@ class MemoryBank:
         patches: Array,
         labels: NDArray[np.bool_],
         pixel: tuple[float, float, float] = (np.nan, np.nan, np.nan),
+        reach: float = 0.0,
     ) -> None:
         """Keep what renews a variant's thresholds when the bank changes, in place of what was kept before.
 
@@ -322,6 +330,7 @@ class MemoryBank:
             patches: Highest scoring patches of each image, shape `(n, CALIBRATION_PATCHES, d)`.
             labels: Whether each image is anomalous, shape `(n,)`.
             pixel: Pixel threshold, minimum and maximum of the anomaly maps of these images.
+            reach: Score that normal images are known to have; thresholds are raised to it.
 
         Raises:
             ValueError: If `patches` are not finite or not of the shape above.
@@ -334,7 +343,9 @@ class MemoryBank:
         patches = patches[chosen].astype(np.float32)
         if np.abs(patches).max(initial=0) <= np.finfo(np.float16).max:
             patches = patches.astype(np.float16)  # precise enough for scores
-        calibration = Calibration(patches, labels[chosen].astype(bool), self._scores(patches), pixel)
+        scores = self._scores(patches)
+        margin = max(1.0, reach / max(float(scores.max(initial=0)), 1e-12)) if reach else 1.0
+        calibration = Calibration(patches, labels[chosen].astype(bool), scores, pixel, margin)
         self.variants = {**self.variants, variant: replace(self.variants[variant], calibration=calibration)}
 
     def _scores(self, patches: Array) -> Array:
@@ -362,9 +373,14 @@ class MemoryBank:
         scores = self._scores(calibration.patches)
         factor = float(scores.mean() / max(float(calibration.scores.mean()), 1e-12))
         threshold, lowest, highest = calibration.pixel
+        margin = calibration.margin
         return {
-            "image": (f1_threshold(scores, calibration.labels), float(scores.min()), float(scores.max())),
-            "pixel": (threshold * factor, lowest * factor, highest * factor),
+            "image": (
+                margin * f1_threshold(scores, calibration.labels),
+                float(scores.min()),
+                margin * float(scores.max()),
+            ),
+            "pixel": (margin * threshold * factor, lowest * factor, margin * highest * factor),
         }
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -386,6 +402,8 @@ class MemoryBank:
             "calibration_labels": np.concatenate([empty.labels, *(c.labels for c in calibrations)]),
             "calibration_scores": np.concatenate([empty.scores, *(c.scores for c in calibrations)]),
             "calibration_pixels": np.array([c.pixel for c in calibrations], np.float64).reshape(-1, 3),
+            "calibration_margins": np.array([c.margin for c in calibrations], np.float64),
+            "novelties": np.concatenate([nothing, *(v.novelties for v in variants)]),
             "prototypes": np.array([v.prototype for v in variants], np.float32).reshape(len(variants), dimension),
             "image_hashes": self.image_hashes,
         }
@@ -402,6 +420,7 @@ class MemoryBank:
                     "images": variant.images,
                     "spread": variant.spread,
                     "calibration_images": len(variant.calibration.labels) if variant.calibration else 0,
+                    "novelties": len(variant.novelties),
                 }
                 for name, variant in self.variants.items()
             ],
@@ -431,11 +450,12 @@ class MemoryBank:
             msg = f"The memory bank is damaged: {'; '.join(problems)}. Use an undamaged copy of the file."
             raise ValueError(msg)
         bank.image_hashes = np.array(arrays["image_hashes"])
-        first = image = 0
+        first = image = novelty = 0
         for position, entry in enumerate(plain["variants"]):
             part = slice(first, first + entry["vectors"])
             images = slice(image, image + entry["calibration_images"])
-            first, image = part.stop, images.stop
+            novelties = slice(novelty, novelty + entry["novelties"])
+            first, image, novelty = part.stop, images.stop, novelties.stop
             calibration = None
             if entry["calibration_images"]:
                 threshold, lowest, highest = (float(value) for value in arrays["calibration_pixels"][position])
@@ -444,6 +464,7 @@ class MemoryBank:
                     np.array(arrays["calibration_labels"][images]),
                     np.array(arrays["calibration_scores"][images]),
                     (threshold, lowest, highest),
+                    float(arrays["calibration_margins"][position]),
                 )
             bank.variants[entry["name"]] = Variant(
                 np.array(arrays["vectors"][part]),
@@ -455,6 +476,7 @@ class MemoryBank:
                 np.array(arrays["prototypes"][position]),
                 entry["spread"],
                 calibration,
+                np.array(arrays["novelties"][novelties]),
             )
         return bank
 
@@ -519,6 +541,8 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         "calibration_labels": (images,),
         "calibration_scores": (images,),
         "calibration_pixels": (len(entries), 3),
+        "calibration_margins": (len(entries),),
+        "novelties": (sum(entry["novelties"] for entry in entries),),
         "prototypes": (len(entries), dimension),
         "image_hashes": (arrays["image_hashes"].size,),
     }
@@ -535,7 +559,15 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         problems.append(f"vectors are of {arrays['vectors'].dtype} in place of {plain['dtype']}")
     problems += [
         f"{key} holds values that are not finite"
-        for key in ("vectors", "covers", "prototypes", "calibration_patches", "calibration_scores")
+        for key in (
+            "vectors",
+            "covers",
+            "prototypes",
+            "calibration_patches",
+            "calibration_scores",
+            "calibration_margins",
+            "novelties",
+        )
         if not np.isfinite(arrays[key]).all()
     ]
     if len({entry["name"] for entry in entries}) < len(entries):

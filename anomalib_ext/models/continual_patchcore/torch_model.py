@@ -214,11 +214,11 @@ class ContinualPatchCoreModel(nn.Module):
         if len(new) < len(images):
             self.bank.count_known(len(images) - len(new))
         for i, embedding in zip(new, self.embed(images[new]) if new else [], strict=True):
-            patches = embedding.flatten(0, 1)
+            views = None
             if augment:
-                views = torch.from_numpy(augmented_views(arrays[i], NUM_VIEWS, seed=hashes[i]))
-                patches = torch.cat([patches, self.embed(views.to(images)).flatten(0, 2)])
-            names[i] = self.bank.learn(patches.cpu().numpy(), variant, hashes[i])
+                augmented = torch.from_numpy(augmented_views(arrays[i], NUM_VIEWS, seed=hashes[i]))
+                views = self.embed(augmented.to(images)).flatten(0, 2).cpu().numpy()
+            names[i] = self.bank.learn(embedding.flatten(0, 1).cpu().numpy(), variant, hashes[i], views)
         return names
 
     @staticmethod

@@ -15,7 +15,7 @@ The rule is ours, around farthest-first traversal:
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SCALE_PICKS = 100
 SENIORITY = 2.0
 REMEMBERED_IMAGES = 65_536
+# Of so many images, the later half sets the thresholds of a variant that has no validation set.
+NOVELTIES = 64
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class Calibration:
         labels: Whether each image is anomalous, shape `(n,)`.
         scores: Image score of each when it was taken, shape `(n,)`.
         pixel: Pixel threshold, minimum and maximum of the anomaly maps at that time; NaN where unknown.
+        margin: Factor on the thresholds, where these images score lower than those that are to be judged.
     """
 
     patches: Array
     labels: NDArray[np.bool_]
     scores: Array
     pixel: tuple[float, float, float] = (np.nan, np.nan, np.nan)
+    margin: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Variant:
         prototype: Mean patch embedding, shape `(d,)`.
         spread: Mean distance of a patch to the prototype.
         calibration: Images that set the thresholds, if there were any.
+        novelties: Score of the last learned images before each was learned, shape `(n,)`, `n` at most NOVELTIES; the
+            first image has none.
     """
 
     vectors: Array
@@ -75,6 +81,13 @@ class Variant:
     prototype: Array
     spread: float
     calibration: Calibration | None = None
+    novelties: Array = field(default_factory=lambda: np.empty(0, np.float32))
+
+    @property
+    def reach(self) -> float:
+        """Score that a normal image may have: the largest of the later half of the novelties, 0 if there are none."""
+        # At first, every image lies far from the few before it.
+        return float(self.novelties[len(self.novelties) // 2 :].max(initial=0))
 
 
 class VariantStream:
@@ -93,12 +106,25 @@ class VariantStream:
         self.prototype = np.zeros(dimension, np.float32)
         self.spread = 0.0
         self.hashes: deque[int] = deque(maxlen=REMEMBERED_IMAGES)
+        self.novelties: deque[float] = deque(maxlen=NOVELTIES)
         self.seconds = 0.0
         if known is not None:
             self.points = known.vectors.astype(np.float32)
             self.radii, self.covers, self.resolution = known.radii, known.covers.copy(), known.resolution
             self.prototype, self.spread = known.prototype, known.spread
+            self.novelties.extend(known.novelties.tolist())
         self._index = self._build_index()
+
+    @single_threaded()
+    def novelty(self, patches: Array) -> float | None:
+        """Score of an image with these patches, shape `(n, d)`; None if nothing is known yet."""
+        if not len(self.points):
+            return None
+        patches = np.ascontiguousarray(patches, dtype=np.float32)
+        if self._index is not None:  # the index may miss the nearest point, so the farthest patches are looked at again
+            squares = self._index.search(patches, 1)[0][:, 0]
+            patches = patches[np.argsort(squares)[-8:]]
+        return float(nearest(patches, self.points)[0].max())
 
     @single_threaded()
     def absorb(self, patches: Array, covers: Array | None = None) -> None:
@@ -200,6 +226,7 @@ class VariantStream:
             prototype=self.prototype,
             spread=self.spread,
             calibration=self.known.calibration if self.known else None,
+            novelties=np.array(self.novelties, np.float32),
         )
 
     def _build_index(self) -> Any:  # noqa: ANN401  # faiss is imported late and untyped

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 NUM_VIEWS = 16
 # Up to this many images of a variant, each is learned with augmented views.
 FEW_IMAGES = 16
+# Of a single image nobody knows how far the next will lie. On real products it was this many times as far as views.
+ONE_IMAGE = 2.0
 
 
 def image_hash(image: Array) -> int:
@@ -109,7 +111,10 @@ def calibrate_from_views(
     embed: Callable[[Array], Array],
     one_shot: bool = True,
 ) -> None:
-    """Set a variant's thresholds without a validation set: views that were not learned show how normal images score.
+    """Set a variant's thresholds without a validation set.
+
+    Views that were not learned are kept to follow the bank when it changes. Other images of the product score higher
+    than views do: the thresholds are raised to what the last images scored before they were learned (ours).
 
     Thresholds that anomalous images have set stay as they are; normal images that have set them count on.
 
@@ -126,6 +131,7 @@ def calibrate_from_views(
     # Where views were learned, others like them score far lower than another image of the product does.
     strength = 2.0 if one_shot and are_few(bank, variant) else 1.0
     vectors = bank.vectors
+    highest_score = 0.0
     highest_patches = []
     lowest, highest = np.inf, -np.inf
     for i, image in enumerate(images):
@@ -135,6 +141,7 @@ def calibrate_from_views(
             scores = nearest(patches, vectors)[0]
             pixels = anomaly_maps(scores.reshape(embedding.shape[:2]), *image.shape[1:])
             lowest, highest = min(lowest, float(pixels.min())), max(highest, float(pixels.max()))
+            highest_score = max(highest_score, float(scores.max()))
             order = np.argsort(-scores, kind="stable")[:CALIBRATION_PATCHES]
             # Fewer patches than wanted: the lowest is repeated, which changes no maximum.
             highest_patches.append(patches[np.pad(order, (0, CALIBRATION_PATCHES - len(order)), mode="edge")])
@@ -142,6 +149,8 @@ def calibrate_from_views(
     if known is not None:  # images learned earlier count as well
         calibration = np.concatenate([known.patches, calibration])
         _, known_lowest, known_highest = bank.thresholds(variant)["pixel"]
-        lowest, highest = float(np.fmin(lowest, known_lowest)), float(np.fmax(highest, known_highest))
+        lowest = float(np.fmin(lowest, known_lowest))
+        highest = float(np.fmax(highest, known_highest / known.margin))
     # As Anomalib does when no image is anomalous: the highest normal score is the threshold.
-    bank.calibrate(variant, calibration, np.zeros(len(calibration), dtype=bool), (highest, lowest, highest))
+    reach = bank.variants[variant].reach or ONE_IMAGE * highest_score
+    bank.calibrate(variant, calibration, np.zeros(len(calibration), dtype=bool), (highest, lowest, highest), reach)

@@ -862,13 +862,62 @@ def test_precision_must_be_known() -> None:
 
 def test_image_larger_than_budget_and_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes through the pool in parts, in any float type."""
-    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 60)
+    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 80)
     bank = MemoryBank(20)
     image = draw("lobes", "a", 0, 1000)
     bank.learn(image.astype(np.float64), "a")
     assert bank.commit().num_vectors == 20
     assert bank.variants["a"].covers.dtype == np.float32
     check(bank, {"a": [image]})
+
+
+@pytest.mark.parametrize("count", [2, 5, 200])
+def test_reach_is_the_largest_of_the_later_novelties(count: int) -> None:
+    """Of each image, the largest distance to what was known before it; the pool is not thinned here."""
+    images = [draw("lobes", "a", seed, 30) for seed in range(count)]
+    bank = MemoryBank(10_000)
+    expected: list[float] = []
+    for i, image in enumerate(images):
+        if i:
+            expected.append(distances_between(image, np.concatenate(images[:i])).max())
+        bank.learn(image, "a", views=image + 100)  # views are no images to score
+        if i == count // 2:
+            bank.commit()  # in a later session it goes on
+        images[i] = np.concatenate([image, image + 100])
+    bank.commit()
+    latest = expected[-64:]
+    assert bank.variants["a"].novelties == pytest.approx(latest, rel=1e-5)
+    assert bank.variants["a"].reach == pytest.approx(max(latest[len(latest) // 2 :]), rel=1e-5)
+    again = MemoryBank.from_arrays(*bank.to_arrays())
+    np.testing.assert_array_equal(again.variants["a"].novelties, bank.variants["a"].novelties)
+
+
+def test_novelty_by_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the pool is large and indexed, novelties still are distances to it."""
+    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 9000)
+    bank = MemoryBank(1000)
+    for seed in range(14):
+        bank.learn(draw("curve", "a", seed, 700, 6), "a")
+    stream = bank._stream
+    assert stream is not None
+    assert type(stream._index).__name__ == "IndexIVFFlat"
+    image = draw("curve", "a", 99, 700, 6)
+    assert stream.novelty(image) == pytest.approx(distances_between(image, stream.points).max(), rel=1e-4)
+
+
+@pytest.mark.parametrize("reach", [0.0, 1e-3, 50.0])
+def test_thresholds_are_raised_to_what_is_reached(reach: float) -> None:
+    """By a factor that stays when the bank is saved."""
+    bank = filled()
+    patches = np.random.default_rng(0).normal(size=(4, CALIBRATION_PATCHES, 4)).astype(np.float32)
+    bank.calibrate("a", patches, np.zeros(4, bool), (3.0, 1.0, 3.0))
+    plain = bank.thresholds("a")
+    bank.calibrate("a", patches, np.zeros(4, bool), (3.0, 1.0, 3.0), reach)
+    factor = max(1.0, reach / plain["image"][0])
+    raised = MemoryBank.from_arrays(*bank.to_arrays()).thresholds("a")
+    for kind in ("image", "pixel"):
+        threshold, lowest, highest = plain[kind]
+        assert raised[kind] == pytest.approx((factor * threshold, lowest, factor * highest), rel=1e-5)
 
 
 @pytest.mark.usefixtures("small_pool")

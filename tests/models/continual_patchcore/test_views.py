@@ -66,27 +66,33 @@ def embed(images: np.ndarray) -> np.ndarray:
 
 
 def test_thresholds_from_views() -> None:
-    """The highest scores and the extremes of the maps of views that were not learned; later images count on."""
+    """From views that were not learned, raised to what a second image scored before it was learned."""
     image = smooth_image(64, 64)
     bank = MemoryBank(500)
     bank.learn(embed(image[None])[0].reshape(-1, 3), "waves")
     bank.commit()
     calibrate_from_views(bank, "waves", [image], embed)
     views = augmented_views(image, 16, 16, strength=2.0)
-    patches = embed(views)
-    distances = np.linalg.norm(patches[..., None, :] - bank.vectors, axis=-1).min(axis=-1)
+    distances = np.linalg.norm(embed(views)[..., None, :] - bank.vectors, axis=-1).min(axis=-1)
     maps = anomaly_maps(distances, 64, 64)
     first = bank.thresholds("waves")
     highest = distances.max(axis=(1, 2))
-    assert first["image"] == pytest.approx((highest.max(), highest.min(), highest.max()), rel=1e-3)
-    assert first["pixel"] == pytest.approx((maps.max(), maps.min(), maps.max()), rel=1e-3)
+    assert first["image"] == pytest.approx((2 * highest.max(), highest.min(), 2 * highest.max()), rel=1e-3)
+    assert first["pixel"] == pytest.approx((2 * maps.max(), maps.min(), 2 * maps.max()), rel=1e-3)
 
-    other = 1.2 * image
-    calibrate_from_views(bank, "waves", [other], embed)
+    other = 3 * image
+    patches = embed(other[None])[0].reshape(-1, 3)
+    novelty = np.linalg.norm(patches[:, None] - bank.vectors, axis=-1).min(axis=-1).max()
+    bank.learn(patches, "waves")
+    bank.commit()
+    calibrate_from_views(bank, "waves", [image], embed)
     second = bank.thresholds("waves")
-    assert len(bank.variants["waves"].calibration.labels) == 32
-    assert second["image"][0] > first["image"][0]
-    assert second["pixel"][1] <= first["pixel"][1]
+    calibration = bank.variants["waves"].calibration
+    assert calibration is not None
+    assert len(calibration.labels) == 32
+    assert calibration.margin > 1
+    assert second["image"][0] == pytest.approx(novelty, rel=1e-5)
+    assert second["pixel"][0] == pytest.approx(calibration.margin * calibration.pixel[0], rel=1e-5)
 
     bank.calibrate("waves", np.ones((2, 8, 3), np.float32), np.array([False, True]))
     kept = bank.variants["waves"]
