@@ -34,12 +34,11 @@ from anomalib_ext.models.components.backbone import backbone_normalization
 
 from .memory_bank import Report, Variant
 from .post_processor import VariantPostProcessor
-from .torch_model import NUM_VIEWS, ContinualInferenceBatch, ContinualPatchCoreModel, augmented_views
+from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
+from .views import FEW_IMAGES, are_few, calibrate_from_views
 
 logger = logging.getLogger(__name__)
 
-# Up to this many images of a variant, each is learned with augmented views.
-FEW_IMAGES = 16
 # An image with a shorter side than this holds no surface to judge.
 SMALLEST_SIDE = 16
 
@@ -292,8 +291,7 @@ class ContinualPatchCore(AnomalibModule):
         self._known = bank.variants, bank.image_hashes
 
     def _are_few(self, images: int, variant: str | None) -> bool:
-        known = self.model.bank.variants.get(variant or "")
-        return self.one_shot and images + (known.images if known else 0) <= FEW_IMAGES
+        return self.one_shot and are_few(self.model.bank, variant, images)
 
     def _learn_waiting(self, variant: str | None) -> None:
         for images in self._waiting:
@@ -337,28 +335,13 @@ class ContinualPatchCore(AnomalibModule):
 
     @torch.no_grad()
     def _calibrate_from_views(self, variant: str, images: list[torch.Tensor]) -> None:
-        """Without a validation set, views that were not learned show how normal images score."""
-        bank = self.model.bank
-        known = bank.variants[variant].calibration
-        if known is not None and known.labels.any():
-            return  # scores of real anomalies stay the better guide
-        # Where views were learned, others like them score far lower than another image of the product does.
-        strength = 2.0 if self._are_few(0, variant) else 1.0
-        views = torch.cat([
-            augmented_views(image, max(1, FEW_IMAGES // len(images)), seed=NUM_VIEWS + i, strength=strength)
-            for i, image in enumerate(images)
-        ])
-        embedding = torch.cat([self.model.embed(view[None]) for view in views])
-        found = self.model.search(embedding)
-        maps = cast("torch.Tensor", self.model.judge(embedding, *found, views.shape[-2:]).anomaly_map)
-        patches = self.model.calibration_patches(embedding, found[0]).cpu().numpy()
-        lowest, highest = float(maps.min()), float(maps.max())
-        if known is not None:  # images learned earlier count as well
-            patches = np.concatenate([known.patches, patches])
-            _, known_lowest, known_highest = bank.thresholds(variant)["pixel"]
-            lowest, highest = np.fmin(lowest, known_lowest), np.fmax(highest, known_highest)
-        # As Anomalib does when no image is anomalous: the highest normal score is the threshold.
-        bank.calibrate(variant, patches, np.zeros(len(patches), dtype=bool), (highest, lowest, highest))
+        """Set the thresholds of a variant without a validation set."""
+
+        def embed(views: NDArray[np.float32]) -> NDArray[np.float32]:
+            return self.model.embed(torch.from_numpy(views).to(images[0])).cpu().numpy()
+
+        arrays = [image.float().cpu().numpy() for image in images]
+        calibrate_from_views(self.model.bank, variant, arrays, embed, self.one_shot)
 
     def on_validation_epoch_end(self) -> None:
         """Keep what sets the thresholds of the variants that were validated."""
@@ -449,6 +432,8 @@ class ContinualPatchCore(AnomalibModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
         """Load weights and bank, or nothing if they do not fit; thresholds follow from the bank."""
+        # Older checkpoints hold the kernel of Anomalib's map generator, which is no longer a part of the model.
+        state_dict = {name: value for name, value in state_dict.items() if not name.endswith(".blur.kernel")}
         before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
         bank = self.model.bank
         self._read_bank(state_dict)  # first, for differing shapes of the backbone would hide the reason

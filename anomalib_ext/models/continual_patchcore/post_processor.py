@@ -8,6 +8,7 @@ from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 
 from .memory_bank import MemoryBank
+from .tables import threshold_tables
 from .torch_model import ContinualInferenceBatch
 
 
@@ -28,10 +29,8 @@ class VariantPostProcessor(PostProcessor):
 
     def refresh(self, bank: MemoryBank) -> None:
         """Take the thresholds of all variants from the bank."""
-        values = [bank.thresholds(variant) for variant in bank.variants]
-        for kind in ("image", "pixel"):
-            table = torch.tensor([value[kind] for value in values]).reshape(-1, 3)
-            setattr(self, f"{kind}_values", table.to(self.image_min.device))
+        for name, table in threshold_tables(bank, len(bank.variants)).items():
+            setattr(self, name, torch.from_numpy(table).to(self.image_min.device))
 
     def _values(self, kind: str, variant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Threshold, minimum and maximum, each of shape ``(B,)``."""

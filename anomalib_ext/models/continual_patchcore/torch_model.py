@@ -4,27 +4,24 @@
 import copy
 import logging
 from collections.abc import Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from anomalib.models.image.patchcore.anomaly_map import AnomalyMapGenerator
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from torch import nn
-from torchvision.transforms import v2
 
 from anomalib_ext.models.components.backbone import load_backbone
 
+from .anomaly_map import map_matrix
 from .memory_bank import CALIBRATION_PATCHES, MemoryBank
+from .tables import bank_tables, variant_capacity
+from .views import NUM_VIEWS, augmented_views, image_hash
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
 
 logger = logging.getLogger(__name__)
-
-# Ours; the paper names augmentation only.
-NUM_VIEWS = 16
 
 
 class ContinualInferenceBatch(NamedTuple):
@@ -78,7 +75,6 @@ class ContinualPatchCoreModel(nn.Module):
         self.feature_extractor = load_backbone(backbone, layers, pre_trained, weights).eval()
         self.layers = list(self.feature_extractor.layers)
         self.feature_pooler = nn.AvgPool2d(3, 1, 1)
-        self.anomaly_map_generator = AnomalyMapGenerator()
         for name in ("memory_bank", "squares", "owners"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self.refresh()
@@ -141,10 +137,13 @@ class ContinualPatchCoreModel(nn.Module):
             Raw scores of shape ``(B,)``, anomaly maps ``(B, 1, H, W)`` and variants ``(B,)``.
         """
         batch, height, width, _ = embedding.shape
-        votes = self.owners[locations].unsqueeze(-1) == torch.arange(len(self.bank.variants), device=scores.device)
+        variants = len(self.bank.variants)
+        if torch.compiler.is_compiling():  # an exported model has room to learn further variants
+            variants = variant_capacity(variants)
+        votes = self.owners[locations].unsqueeze(-1) == torch.arange(variants, device=scores.device)
         return ContinualInferenceBatch(
             pred_score=self.image_score(scores, locations, embedding.flatten(1, 2)),
-            anomaly_map=self.anomaly_map_generator(scores.reshape(batch, 1, height, width), size),
+            anomaly_map=_anomaly_maps(scores.reshape(batch, 1, height, width), size),
             variant=votes.sum(dim=1).argmax(dim=-1),
         )
 
@@ -168,7 +167,8 @@ class ContinualPatchCoreModel(nn.Module):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings of shape ``(B, h, w, d)``, in float32, for images of shape ``(B, 3, H, W)``."""
-        if len(images) > 1 and images.device.type == "cpu" and not torch.compiler.is_compiling():
+        # The length last: asking for it while a model is exported would fix the batch size.
+        if not torch.compiler.is_compiling() and images.device.type == "cpu" and len(images) > 1:
             # The feature maps of a batch do not stay in a CPU's cache: one by one takes half the time.
             return torch.cat([self.embed(image) for image in images.split(1)])
         if self.tiler:
@@ -208,15 +208,16 @@ class ContinualPatchCoreModel(nn.Module):
             The variant of each image, None where the image was known.
         """
         names: list[str | None] = [None] * len(images)
-        hashes = [image_hash(image) for image in images]
+        arrays = images.detach().float().cpu().numpy()
+        hashes = [image_hash(image) for image in arrays]
         new = [i for i, value in enumerate(hashes) if not self.bank.knows(value)]
         if len(new) < len(images):
             self.bank.count_known(len(images) - len(new))
         for i, embedding in zip(new, self.embed(images[new]) if new else [], strict=True):
             patches = embedding.flatten(0, 1)
             if augment:
-                views = augmented_views(images[i], NUM_VIEWS, seed=hashes[i])
-                patches = torch.cat([patches, self.embed(views).flatten(0, 2)])
+                views = torch.from_numpy(augmented_views(arrays[i], NUM_VIEWS, seed=hashes[i]))
+                patches = torch.cat([patches, self.embed(views.to(images)).flatten(0, 2)])
             names[i] = self.bank.learn(patches.cpu().numpy(), variant, hashes[i])
         return names
 
@@ -240,16 +241,8 @@ class ContinualPatchCoreModel(nn.Module):
     def refresh(self) -> None:
         """Bring the bank into the tensors that are searched."""
         device = self.memory_bank.device
-        dimension = sum(self.feature_extractor.out_dims)
-        vectors = torch.zeros(self.bank.size, dimension, dtype=getattr(torch, self.bank.dtype.name))
-        squares = torch.full((self.bank.size,), float("inf"))
-        owners = torch.zeros(self.bank.size, dtype=torch.long)
-        if count := len(self.bank):
-            learned = torch.from_numpy(self.bank.vectors)
-            vectors[:count] = learned.to(vectors.dtype)
-            squares[:count] = vectors[:count].float().square().sum(dim=1)
-            owners[:count] = torch.from_numpy(self.bank.owners)
-        self.memory_bank, self.squares, self.owners = vectors.to(device), squares.to(device), owners.to(device)
+        tables = bank_tables(self.bank, sum(self.feature_extractor.out_dims))
+        self.memory_bank, self.squares, self.owners = (torch.from_numpy(table).to(device) for table in tables.values())
 
     def get_extra_state(self) -> dict[str, Any]:
         """The bank, with the open stream, and what it depends on, as tensors and plain data."""
@@ -286,40 +279,14 @@ class ContinualPatchCoreModel(nn.Module):
         return MemoryBank.from_arrays(arrays, state["plain"])
 
 
-def image_hash(image: torch.Tensor) -> int:
-    """Hash of 64 bits of a normalised image of shape ``(3, H, W)``, rounded finer than the steps of 8 bits."""
-    levels = (image.detach() * 256).round().to(torch.int32).cpu().numpy()
-    return int.from_bytes(blake2b(levels.tobytes(), digest_size=8).digest(), "big", signed=True)
-
-
-def augmented_views(image: torch.Tensor, count: int, seed: int, strength: float = 1.0) -> torch.Tensor:
-    """Slightly rotated, shifted, scaled, lit and blurred views of one image; the same for the same seed.
-
-    Args:
-        image: Normalised image, shape ``(3, H, W)``.
-        count: Number of views.
-        seed: Any integer.
-        strength: Factor on all changes.
-
-    Returns:
-        Views of shape ``(count, 3, H, W)``.
-    """
-    height, width = image.shape[-2:]
-    margin = max(1, min(height, width) // 8)
-    padded = nn.functional.pad(image[None], (margin,) * 4, mode="reflect")[0]
-    transform = v2.Compose([
-        v2.RandomAffine(
-            5 * strength,
-            translate=(0.02 * strength, 0.02 * strength),
-            scale=(1 - 0.03 * strength, 1 + 0.03 * strength),
-            interpolation=v2.InterpolationMode.BILINEAR,
-        ),
-        v2.CenterCrop((height, width)),
-        v2.RandomApply([v2.GaussianBlur(3, (0.1, 0.8 * strength))]),
-    ])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # that of the CPU, which alone is restored
-        views = torch.stack([transform(padded) for _ in range(count)])
-        contrast, brightness = 1 + (torch.rand(2, count, 1, 1, 1) - 0.5).to(image.device) * 0.2 * strength
-    mean = views.mean(dim=(1, 2, 3), keepdim=True)
-    return (views - mean) * contrast + mean * brightness
+def _anomaly_maps(scores: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Anomaly maps of shape ``(B, 1, H, W)`` from patch scores of shape ``(B, 1, h, w)``."""
+    if not all(isinstance(side, int) for side in (*scores.shape[2:], *size)):  # symbols, while a model is exported
+        msg = "An anomaly map needs images of known size: give input_size, or a pre-processor that resizes."
+        raise ValueError(msg)
+    rows, columns = (
+        torch.from_numpy(map_matrix(patches, pixels)).to(scores.device)
+        for patches, pixels in zip(scores.shape[2:], size, strict=True)
+    )
+    with torch.autocast(scores.device.type, enabled=False):
+        return rows @ scores @ columns.T

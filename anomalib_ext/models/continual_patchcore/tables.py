@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What learning changes in a model, as arrays of static shape: alike in torch and in an OpenVINO file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .memory_bank import MemoryBank
+
+# Room for the thresholds of so many variants, doubled until all fit.
+SMALLEST_CAPACITY = 64
+
+
+def variant_capacity(variants: int) -> int:
+    """Number of variants for which the tables have room."""
+    capacity = SMALLEST_CAPACITY
+    while capacity < variants:
+        capacity *= 2
+    return capacity
+
+
+def bank_tables(bank: MemoryBank, dimension: int) -> dict[str, NDArray[Any]]:
+    """The bank as it is searched; unused rows are zero, with an infinite square.
+
+    Args:
+        bank: Bank, without what is still in its stream.
+        dimension: Length `d` of a vector.
+
+    Returns:
+        `vectors`, shape `(size, d)`, in the bank's precision; `squares`, their squared lengths in float32, shape
+        `(size,)`; `owners`, the position of each vector's variant in int64, shape `(size,)`.
+    """
+    vectors = np.zeros((bank.size, dimension), bank.dtype)
+    squares = np.full(bank.size, np.inf, np.float32)
+    owners = np.zeros(bank.size, np.int64)
+    if count := len(bank):
+        learned = bank.vectors
+        vectors[:count] = learned
+        squares[:count] = np.einsum("ij,ij->i", learned, learned)
+        owners[:count] = bank.owners
+    return {"vectors": vectors, "squares": squares, "owners": owners}
+
+
+def threshold_tables(bank: MemoryBank, capacity: int) -> dict[str, NDArray[np.float32]]:
+    """Thresholds of all variants; what is unknown is NaN, and so are unused rows.
+
+    Args:
+        bank: Bank, without what is still in its stream.
+        capacity: Number of rows.
+
+    Returns:
+        `image_values` and `pixel_values`: threshold, minimum and maximum of each variant, shape `(capacity, 3)`.
+
+    Raises:
+        ValueError: If there are more variants than rows.
+    """
+    if len(bank.variants) > capacity:
+        msg = f"There is room for the thresholds of {capacity} variants, but {len(bank.variants)} were learned."
+        raise ValueError(msg)
+    tables = {kind: np.full((capacity, 3), np.nan, np.float32) for kind in ("image", "pixel")}
+    for position, variant in enumerate(bank.variants):
+        for kind, values in bank.thresholds(variant).items():
+            tables[kind][position] = values
+    return {f"{kind}_values": table for kind, table in tables.items()}
+
+
+def graph_tables(bank: MemoryBank, dimension: int, capacity: int) -> dict[str, NDArray[Any]]:
+    """All tables, by the names of the constants that hold them in an OpenVINO file; see the functions above."""
+    tables = {**bank_tables(bank, dimension), **threshold_tables(bank, capacity)}
+    return {f"bank.{name}": table for name, table in tables.items()}

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What few images of a variant are stretched to: augmented views to learn, and to set thresholds by. Without torch.
+
+Images are NumPy arrays of shape `(3, H, W)`, float32 and normalised as the backbone wants them. The choice of changes
+and their strength is ours; arXiv 2512.13497 names augmentation only.
+"""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from anomalib_ext.models.components.k_center import nearest
+
+from .anomaly_map import anomaly_maps
+from .memory_bank import CALIBRATION_PATCHES, MemoryBank
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+NUM_VIEWS = 16
+# Up to this many images of a variant, each is learned with augmented views.
+FEW_IMAGES = 16
+
+
+def image_hash(image: Array) -> int:
+    """Hash of 64 bits of a normalised image of shape `(3, H, W)`, rounded finer than the steps of 8 bits."""
+    with np.errstate(invalid="ignore"):  # NaN is refused elsewhere, with a better message
+        levels = np.rint(np.asarray(image, np.float32) * np.float32(256)).astype(np.int32)
+    return int.from_bytes(blake2b(levels.tobytes(), digest_size=8).digest(), "big", signed=True)
+
+
+def are_few(bank: MemoryBank, variant: str | None, images: int = 0) -> bool:
+    """Whether `images` and those that the bank has learned of the variant are few."""
+    known = bank.variants.get(variant or "")
+    return images + (known.images if known else 0) <= FEW_IMAGES
+
+
+def augmented_views(image: Array, count: int, seed: int, strength: float = 1.0) -> Array:
+    """Slightly rotated, shifted, scaled, lit and blurred views of one image; the same for the same seed.
+
+    Args:
+        image: Normalised image, shape `(3, H, W)`.
+        count: Number of views.
+        seed: Any integer of at most 64 bits.
+        strength: Factor on all changes.
+
+    Returns:
+        Views of shape `(count, 3, H, W)`, float32.
+    """
+    generator = np.random.default_rng(seed % 2**64)
+    margin = max(1, min(image.shape[1:]) // 8)
+    padded = np.pad(image.astype(np.float32), ((0, 0), (margin, margin), (margin, margin)), mode="reflect")
+    channels = [Image.fromarray(channel) for channel in padded]
+    return np.stack([_view(channels, margin, generator, strength) for _ in range(count)])
+
+
+def _view(channels: Sequence[Image.Image], margin: int, generator: np.random.Generator, strength: float) -> Array:
+    """One view of an image, given by its channels, that are larger than it by `margin` on each side."""
+    width, height = (side - 2 * margin for side in channels[0].size)
+    angle, shift_x, shift_y, zoom, contrast, brightness = generator.uniform(-1, 1, 6) * strength
+    angle, zoom = math.radians(5 * angle), 1 + 0.03 * zoom
+    contrast, brightness = 1 + 0.1 * contrast, 1 + 0.1 * brightness
+    # Pillow asks where in the padded image a pixel of the view comes from.
+    cosine, sine = math.cos(angle) / zoom, math.sin(angle) / zoom
+    x, y = width * (0.5 + 0.02 * shift_x), height * (0.5 + 0.02 * shift_y)
+    origin_x = margin + width / 2 - cosine * x - sine * y
+    origin_y = margin + height / 2 + sine * x - cosine * y
+    backwards = (cosine, sine, origin_x, -sine, cosine, origin_y)
+    view = np.stack([
+        np.asarray(
+            channel.transform((width, height), Image.Transform.AFFINE, backwards, Image.Resampling.BILINEAR),
+        )
+        for channel in channels
+    ])
+    blurred, sigma = generator.random() < 0.5, generator.uniform(0.1, 0.8 * strength)
+    if blurred:
+        view = _blurred(view, sigma)
+    mean = view.mean()
+    return ((view - mean) * contrast + mean * brightness).astype(np.float32)
+
+
+def _blurred(image: Array, sigma: float) -> Array:
+    """Gaussian blur with three taps each way, mirrored at the borders."""
+    side = math.exp(-0.5 / sigma**2)
+    side, middle = side / (1 + 2 * side), 1 / (1 + 2 * side)
+    for axis in (1, 2):
+        border = [(0, 0)] * 3
+        border[axis] = (1, 1)
+        padded = np.pad(image, border, mode="reflect")
+        size = image.shape[axis]
+        before, after = (padded.take(range(start, start + size), axis) for start in (0, 2))
+        image = middle * image + side * (before + after)
+    return image
+
+
+def calibrate_from_views(
+    bank: MemoryBank,
+    variant: str,
+    images: Sequence[Array],
+    embed: Callable[[Array], Array],
+    one_shot: bool = True,
+) -> None:
+    """Set a variant's thresholds without a validation set: views that were not learned show how normal images score.
+
+    Thresholds that anomalous images have set stay as they are; normal images that have set them count on.
+
+    Args:
+        bank: Bank that holds the variant, with nothing left in its stream.
+        variant: Name of the variant.
+        images: The variant's images that were learned last, at most FEW_IMAGES of shape `(3, H, W)`.
+        embed: Gives patch embeddings `(B, h, w, d)`, float32, for normalised images `(B, 3, H, W)`.
+        one_shot: Whether few images were learned with views of them.
+    """
+    known = bank.variants[variant].calibration
+    if known is not None and known.labels.any():
+        return  # scores of real anomalies stay the better guide
+    # Where views were learned, others like them score far lower than another image of the product does.
+    strength = 2.0 if one_shot and are_few(bank, variant) else 1.0
+    vectors = bank.vectors
+    highest_patches = []
+    lowest, highest = np.inf, -np.inf
+    for i, image in enumerate(images):
+        for view in augmented_views(image, max(1, FEW_IMAGES // len(images)), NUM_VIEWS + i, strength):
+            embedding = embed(view[None])[0]
+            patches = embedding.reshape(-1, embedding.shape[-1])
+            scores = nearest(patches, vectors)[0]
+            pixels = anomaly_maps(scores.reshape(embedding.shape[:2]), *image.shape[1:])
+            lowest, highest = min(lowest, float(pixels.min())), max(highest, float(pixels.max()))
+            order = np.argsort(-scores, kind="stable")[:CALIBRATION_PATCHES]
+            # Fewer patches than wanted: the lowest is repeated, which changes no maximum.
+            highest_patches.append(patches[np.pad(order, (0, CALIBRATION_PATCHES - len(order)), mode="edge")])
+    calibration = np.stack(highest_patches)
+    if known is not None:  # images learned earlier count as well
+        calibration = np.concatenate([known.patches, calibration])
+        _, known_lowest, known_highest = bank.thresholds(variant)["pixel"]
+        lowest, highest = float(np.fmin(lowest, known_lowest)), float(np.fmax(highest, known_highest))
+    # As Anomalib does when no image is anomalous: the highest normal score is the threshold.
+    bank.calibrate(variant, calibration, np.zeros(len(calibration), dtype=bool), (highest, lowest, highest))
