@@ -60,18 +60,27 @@ def augmented_views(image: Array, count: int, seed: int, strength: float = 1.0) 
     margin = max(1, min(image.shape[1:]) // 8)
     padded = np.pad(image.astype(np.float32), ((0, 0), (margin, margin), (margin, margin)), mode="reflect")
     channels = [Image.fromarray(channel) for channel in padded]
-    return np.stack([_view(channels, margin, generator, strength) for _ in range(count)])
+    # Each change spread evenly over its range (a Latin hypercube), so that few views hardly depend on the seed.
+    levels = generator.permuted(np.tile(np.arange(count), (7, 1)), axis=1) + generator.random((7, count))
+    return np.stack([_view(channels, margin, changes, strength) for changes in (2 * levels / count - 1).T])
 
 
-def _view(channels: Sequence[Image.Image], margin: int, generator: np.random.Generator, strength: float) -> Array:
-    """One view of an image, given by its channels, that are larger than it by `margin` on each side."""
+def _view(channels: Sequence[Image.Image], margin: int, changes: NDArray[np.float64], strength: float) -> Array:
+    """One view of an image, given by its channels, that are larger than it by `margin` on each side.
+
+    Args:
+        channels: Three images of floats.
+        margin: Pixels that are cut off.
+        changes: Rotation, shifts, scale, contrast, brightness and blur, each in [-1, 1].
+        strength: Factor on all of them.
+    """
     width, height = (side - 2 * margin for side in channels[0].size)
-    angle, shift_x, shift_y, zoom, contrast, brightness = generator.uniform(-1, 1, 6) * strength
+    angle, shift_x, shift_y, zoom, contrast, brightness, blur = (float(change) * strength for change in changes)
     angle, zoom = math.radians(5 * angle), 1 + 0.03 * zoom
     contrast, brightness = 1 + 0.1 * contrast, 1 + 0.1 * brightness
     # Pillow asks where in the padded image a pixel of the view comes from.
     cosine, sine = math.cos(angle) / zoom, math.sin(angle) / zoom
-    x, y = width * (0.5 + 0.02 * shift_x), height * (0.5 + 0.02 * shift_y)
+    x, y = width * (0.5 + 0.025 * shift_x), height * (0.5 + 0.025 * shift_y)
     origin_x = margin + width / 2 - cosine * x - sine * y
     origin_y = margin + height / 2 + sine * x - cosine * y
     backwards = (cosine, sine, origin_x, -sine, cosine, origin_y)
@@ -81,9 +90,8 @@ def _view(channels: Sequence[Image.Image], margin: int, generator: np.random.Gen
         )
         for channel in channels
     ])
-    blurred, sigma = generator.random() < 0.5, generator.uniform(0.1, 0.8 * strength)
-    if blurred:
-        view = _blurred(view, sigma)
+    if blur > 0:  # half of the views
+        view = _blurred(view, 0.1 + 0.7 * blur)
     mean = view.mean()
     return ((view - mean) * contrast + mean * brightness).astype(np.float32)
 
