@@ -49,7 +49,7 @@ def test_equals_comparing_all(
     offset: float,
     threads: int,
 ) -> None:
-    """For duplicates, clusters, data of low rank, far from the origin, tiny and huge; queries near, between and away."""
+    """For duplicates, clusters, data of low rank, far from the origin, tiny and huge, and queries away from all."""
     rng = np.random.default_rng(seed)
     rank = min(rank, dimension)
     mixing = rng.normal(size=(rank, dimension))
@@ -68,9 +68,8 @@ def test_as_many_cells_as_the_bank_fills() -> None:
     """A full bank is divided, a small one is not; both are exact, and so is a query of an unseen kind."""
     rng = np.random.default_rng(0)
     basis = rng.normal(size=(20, 152))
-    bank = rng.normal(size=(CELLS * SMALLEST_CELL + 7, 20)) @ basis + 0.1 * rng.normal(
-        size=(CELLS * SMALLEST_CELL + 7, 152)
-    )
+    count = CELLS * SMALLEST_CELL + 7
+    bank = rng.normal(size=(count, 20)) @ basis + 0.1 * rng.normal(size=(count, 152))
     bank = bank.astype(np.float32)
     queries = (rng.normal(size=(200, 20)) @ basis).astype(np.float32)
     queries[::10] *= 5
