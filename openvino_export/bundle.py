@@ -35,8 +35,8 @@ CONSTANTS = ("bank.vectors", "bank.squares", "bank.owners", "bank.image_values",
 
 _STAGING, _NEXT, _PREVIOUS, _LOCK = ".staging", ".next", ".previous", ".lock"
 _REQUIRED = ("model", "input_size", "mean", "std", "variants", "files")
-# A reader that meets a moving file reads again; files move within milliseconds.
-_ATTEMPTS = 20
+# Seconds for which a reader that meets moving files tries again; they move within milliseconds.
+_PATIENCE = 30.0
 _DTYPES = {"f16": "float16", "f32": "float32", "f64": "float64", "i32": "int32", "i64": "int64"}
 
 
@@ -99,16 +99,15 @@ def read(folder: str | Path, keep: Collection[str] = ()) -> Bundle:
                 pass  # which finishes it
         except (TimeoutError, BundleError):  # someone is at it, or the folder cannot be written
             pass
-    for attempt in range(_ATTEMPTS):
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        before = _fingerprint(folder)
         try:
             return _read_once(folder, keep)
-        except BundleError:  # noqa: PERF203
-            # Only a bundle that is changing is worth another look.
-            before = _fingerprint(folder)
-            time.sleep(0.02)
-            if attempt + 1 == _ATTEMPTS or (attempt > 0 and _fingerprint(folder) == before):
+        except BundleError:
+            # Only a bundle that was changing meanwhile is worth another look.
+            if _fingerprint(folder) == before or time.monotonic() > deadline:
                 raise
-    raise AssertionError
 
 
 def _fingerprint(folder: Path) -> tuple[Any, ...]:
@@ -183,13 +182,29 @@ def _parse(folder: Path, text: bytes) -> dict[str, Any]:
             f"{'Update anomalib-ext on this PC' if version > SCHEMA_VERSION else 'Export the model again'}."
         )
         raise BundleError(msg)
-    missing = [key for key in _REQUIRED if key not in metadata]
-    files = metadata.get("files")
-    if missing or not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
-        problem = f"lacks {', '.join(missing)}" if missing else "lists its files in another way"
-        msg = f"{folder / METADATA} {problem}. Copy the whole folder again."
+    problem = _problem(metadata)
+    if problem:
+        msg = f"{folder / METADATA} {problem}. Copy the whole folder again, or export the model again."
         raise BundleError(msg)
     return metadata
+
+
+def _problem(metadata: dict[str, Any]) -> str:
+    """What is wrong with metadata; empty if nothing is."""
+    missing = [key for key in _REQUIRED if key not in metadata]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    files = metadata["files"]
+    if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
+        return "lists its files in another way"
+    size = metadata["input_size"]
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        return f"has the input_size {size}, not a height and a width"
+    for key in ("mean", "std"):
+        value = metadata[key]
+        if not isinstance(value, list) or len(value) != 3 or not all(isinstance(one, (int, float)) for one in value):
+            return f"has the {key} {value}, not one number for each color"
+    return ""
 
 
 def _is_entry(entry: object) -> bool:

@@ -126,8 +126,14 @@ class EdgeDetector:
         self._std = np.array(metadata["std"], np.float32).reshape(3, 1, 1)
         self._model = _Features(read, self.input_size, device, self.precision)
         self._bundle = read
-        self._knowledge = self._know(_bank(read), read)
-        self._saved = self._knowledge
+        bank = _bank(read)
+        if len(bank) and bank.vectors.shape[1] != self._model.dimension:
+            msg = (
+                f"{BANK} of {read.folder} holds vectors of {bank.vectors.shape[1]} numbers, the model gives "
+                f"{self._model.dimension}: it is of another backbone or other layers. Copy the whole folder again."
+            )
+            raise BundleError(msg)
+        self._knowledge = self._saved = self._know(bank, read)
         self._changing = threading.RLock()
 
     # Judging
@@ -456,13 +462,14 @@ class _Features:
             msg = f"OpenVINO finds no device {device} on this PC. It finds {', '.join(core.available_devices)}."
             raise ValueError(msg)
         # From memory, so that the files may be replaced while they are in use, and are what was verified.
-        model = core.read_model(read.contents["features.xml"], read.contents["features.bin"])
         height, width = size
         try:
+            model = core.read_model(read.contents["features.xml"], read.contents["features.bin"])
             model.reshape([1, 3, height, width])  # a fixed shape compiles and runs faster
         except RuntimeError as error:
-            msg = f"features.xml of {read.folder} does not take images of {height} x {width} pixels: {error}"
+            msg = f"features.xml of {read.folder} cannot be used for images of {height} x {width} pixels: {error}"
             raise BundleError(msg) from error
+        self.dimension = int(model.output(0).partial_shape[-1].get_length())
         self._core, self._read, self._device = core, model, device
         self._config = {"INFERENCE_PRECISION_HINT": precision}
         self._compiled = core.compile_model(model, device, {**self._config, "PERFORMANCE_HINT": "LATENCY"})
