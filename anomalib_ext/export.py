@@ -52,8 +52,8 @@ class Bundle:
     """What a model brings to its bundle.
 
     Attributes:
-        graph: Gives the outputs by name for images `(B, 3, H, W)` in [0, 1]; among them `embedding`, where the graph is
-            cut, or not, if there is nothing to learn on the edge.
+        graph: Gives the outputs by name, for images `(B, 3, H, W)` in [0, 1], or for their embedding.
+        features: Gives the `embedding` by that name for such images, if there is something to learn on the edge.
         tables: What learning changes, by the name of the constant: the name of the buffer of `graph` that it takes the
             place of, and its values.
         files: Contents of further files by name.
@@ -61,6 +61,7 @@ class Bundle:
     """
 
     graph: nn.Module
+    features: nn.Module | None = None
     tables: Mapping[str, tuple[str, NDArray[Any]]] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -81,7 +82,7 @@ class _WithInputs(nn.Module):
 
 def export_bundle(
     model: AnomalibModule,
-    content: Callable[[Any], Bundle],
+    content: Callable[[Any, tuple[int, int]], Bundle],
     export_root: str | Path,
     input_size: tuple[int, int] | None = None,
     compression_type: CompressionType | None = None,
@@ -96,7 +97,7 @@ def export_bundle(
 
     Args:
         model: Model whose pre- and post-processor describe the images and the scores.
-        content: Gives what the model brings.
+        content: Gives what the model brings, for images of a height and width.
         export_root: Folder of exports.
         input_size: Height and width of the images; those of the pre-processor if not given.
         compression_type: `FP16` halves the bytes of the backbone's weights. `INT8_PTQ` and `INT8_ACQ` quantise the
@@ -122,8 +123,9 @@ def export_bundle(
         msg = f"{compression} needs a datamodule: its normal images calibrate, its test images check what was lost."
         raise ValueError(msg)
     size = _image_size(model, input_size)
-    brought = content(model)
-    whole, features = _convert(brought, size, ov_kwargs or {}, onnx_kwargs or {})
+    brought = content(model, size)
+    graph, features = _convert(brought, size, ov_kwargs or {}, onnx_kwargs or {})
+    whole = _joined(graph, features)
     values = {name: table for name, (_, table) in brought.tables.items()}
     metadata = {
         **_description(model, size),
@@ -135,9 +137,11 @@ def export_bundle(
         if compression:
             reference = _save(whole, folder / "reference.xml", values)
             images = _training_images(datamodule, size) if datamodule and quantised else []
-            whole, features = _compress(whole, features, compression, images)
-        if features is not None:
-            whole.remove_result(whole.output(EMBEDDING).get_node())
+            if features is None:
+                whole = _compressed(whole, compression, images)
+            else:
+                features = _compressed(features, compression, images)
+                whole = _joined(graph, features)
         if {next(iter(output.names)) for output in whole.outputs} == set(OUTPUTS):
             _describe_to_model_api(whole, size)
         path = _save(whole, folder / "model.xml", values)
@@ -179,53 +183,82 @@ def _convert(
     ov_kwargs: Mapping[str, Any],
     onnx_kwargs: Mapping[str, Any],
 ) -> tuple["ov.Model", "ov.Model | None"]:
-    """The whole graph, and the part of it up to the embedding."""
+    """The graph and, if what is learned is apart from it, the features that it starts from."""
     import openvino as ov
-    from openvino import opset13 as ops
 
     fixed = {"input_names", "output_names", "dynamic_axes", "dynamic_shapes", "dynamo"} & onnx_kwargs.keys()
     if fixed:
         msg = f"onnx_kwargs may not hold {', '.join(sorted(fixed))}: a bundle has its own."
         raise ValueError(msg)
-    graph = brought.graph.eval()
+    options = dict(ov_kwargs)
+    shape = options.pop("input", None)
+    device = next((tensor.device for tensor in brought.graph.parameters()), None)
     # Two images, since torch takes a dimension of 1 for fixed.
-    images = torch.zeros(2, 3, *size, device=next((tensor.device for tensor in graph.parameters()), None))
+    start = torch.zeros(2, 3, *size, device=device)
+    features, name = None, INPUT
+    if brought.features is not None:
+        with torch.no_grad():
+            embedding = brought.features.eval()(start)[EMBEDDING]
+        features = _to_openvino(brought.features, INPUT, start, {}, options, onnx_kwargs)
+        start, name = embedding, EMBEDDING
+    graph = _to_openvino(brought.graph, name, start, brought.tables, options, onnx_kwargs)
+    if shape is not None:
+        (features or graph).reshape({INPUT: ov.PartialShape(shape)})
+    return graph, features
+
+
+def _to_openvino(
+    module: nn.Module,
+    name: str,
+    start: torch.Tensor,
+    tables: Mapping[str, tuple[str, NDArray[Any]]],
+    ov_kwargs: Mapping[str, Any],
+    onnx_kwargs: Mapping[str, Any],
+) -> "ov.Model":
+    """Convert a module with one input of this name, and with tables as constants."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    module = module.eval()
     with torch.no_grad():
-        outputs = list(graph(images))  # errors are clear here, and not while it is traced
-    tables = [torch.from_numpy(table).to(images.device) for _, table in brought.tables.values()]
-    names = list(brought.tables)
+        outputs = list(module(start))  # errors are clear here, and not while it is traced
+    arrays = [torch.from_numpy(table).to(start.device) for _, table in tables.values()]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
-            _WithInputs(graph, (buffer for buffer, _ in brought.tables.values())).eval(),
-            (images, *tables),
+            _WithInputs(module, [buffer for buffer, _ in tables.values()]).eval(),
+            (start, *arrays),
             str(path),
-            input_names=[INPUT, *names],
+            input_names=[name, *tables],
             output_names=outputs,
-            dynamic_shapes=({0: torch.export.Dim("batch_size")}, tuple({} for _ in tables)),
+            dynamic_shapes=({0: torch.export.Dim("batch_size")}, *([({},) * len(arrays)] if arrays else [])),
             dynamo=True,
-            **onnx_kwargs,
+            **{"verbose": False, **onnx_kwargs},
         )
-        options = dict(ov_kwargs)
-        shape = options.pop("input", None)
-        whole = ov.convert_model(path, **options)
-    if shape is not None:
-        whole.reshape({INPUT: ov.PartialShape(shape)})
-
-    # Random values, since equal ones would come to share their bytes in the file.
+        model = ov.convert_model(path, **ov_kwargs)
+    # Random values for now, since equal ones would come to share their bytes in the file.
     random = np.random.default_rng(0)
-    for name, (_, table) in brought.tables.items():
-        parameter = next(node for node in whole.get_parameters() if name in node.output(0).names)
+    for table, (_, values) in tables.items():
+        parameter = next(node for node in model.get_parameters() if table in node.output(0).names)
         if parameter.output(0).get_target_inputs():  # a post-processor may have no use for it
-            constant = ops.constant(random.integers(1, 100, table.shape).astype(table.dtype))
-            constant.set_friendly_name(name)
+            constant = ops.constant(random.integers(1, 100, values.shape).astype(values.dtype))
+            constant.set_friendly_name(table)
             parameter.output(0).replace(constant.output(0))
-        whole.remove_parameter(parameter)
-    whole.validate_nodes_and_infer_types()
-    if EMBEDDING not in outputs:
-        return whole, None
-    features = ov.Model([whole.output(EMBEDDING).get_node()], whole.get_parameters(), "features").clone()
-    return whole, features
+        model.remove_parameter(parameter)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _joined(graph: "ov.Model", features: "ov.Model | None") -> "ov.Model":
+    """The whole graph from images on; the parts stay as they are."""
+    import openvino as ov
+
+    if features is None:
+        return graph
+    graph, features = graph.clone(), features.clone()
+    embedding = features.output(EMBEDDING).get_node().input_value(0)
+    graph.input(EMBEDDING).get_node().output(0).replace(embedding)
+    return ov.Model(graph.get_results(), features.get_parameters(), graph.get_friendly_name())
 
 
 def _save(model: "ov.Model", path: Path, values: Mapping[str, NDArray[Any]]) -> Path:
@@ -244,24 +277,17 @@ def _save(model: "ov.Model", path: Path, values: Mapping[str, NDArray[Any]]) -> 
 # Compression
 
 
-def _compress(
-    whole: "ov.Model",
-    features: "ov.Model | None",
-    compression: CompressionType,
-    images: list[NDArray[np.float32]],
-) -> tuple["ov.Model", "ov.Model | None"]:
-    """Compress the part up to the embedding, or everything if there is no such part."""
-    part = whole if features is None else features
+def _compressed(model: "ov.Model", compression: CompressionType, images: list[NDArray[np.float32]]) -> "ov.Model":
+    """A model with its weights in less precision; for quantisation, the images calibrate it."""
     if compression is CompressionType.FP16:
-        part = _halved(part)
-    else:
-        import nncf
+        return _halved(model)
+    import nncf
 
-        if compression is CompressionType.INT8:
-            part = nncf.compress_weights(part, mode=nncf.CompressWeightsMode.INT8_SYM)
-        else:
-            part = nncf.quantize(part, nncf.Dataset(images), subset_size=len(images))
-    return (part, None) if features is None else (_joined(whole, part), part)
+    if compression is CompressionType.INT8:
+        return nncf.compress_weights(model.clone(), mode=nncf.CompressWeightsMode.INT8_SYM)
+    # What pools and joins the layers is cheap, and would press all layers into the range of the largest.
+    tail = nncf.IgnoredScope(types=["AvgPool", "Interpolate", "Concat"], validate=False)
+    return nncf.quantize(model, nncf.Dataset(images), subset_size=len(images), ignored_scope=tail)
 
 
 def _halved(model: "ov.Model") -> "ov.Model":
@@ -273,18 +299,6 @@ def _halved(model: "ov.Model") -> "ov.Model":
         ov.save_model(model, path, compress_to_fp16=True)
         # From memory, since a file that is mapped cannot be removed everywhere.
         return ov.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
-
-
-def _joined(whole: "ov.Model", features: "ov.Model") -> "ov.Model":
-    """The whole graph with another part up to the embedding."""
-    import openvino as ov
-
-    features = features.clone()
-    # What is made of the size of the input goes on with the new one.
-    whole.input(INPUT).get_node().output(0).replace(features.input(INPUT).get_node().output(0))
-    result = whole.output(EMBEDDING).get_node()
-    result.input_value(0).replace(features.output(EMBEDDING).get_node().input_value(0))
-    return ov.Model(whole.get_results(), features.get_parameters(), whole.get_friendly_name())
 
 
 def _resized(item: Any, size: tuple[int, int]) -> NDArray[np.float32]:  # noqa: ANN401  # an item of any data set

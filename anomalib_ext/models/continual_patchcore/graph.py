@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ContinualPatchCore as it is exported: one graph, cut at the embedding, with the bank as constants to be replaced."""
+"""ContinualPatchCore as it is exported: features and a head, in which the bank is constants to be replaced."""
 
 import json
 from typing import TYPE_CHECKING
@@ -17,27 +17,43 @@ if TYPE_CHECKING:
     from .lightning_model import ContinualPatchCore
 
 
-class Graph(nn.Module):
-    """A model's decisions, and the embedding that they rest on."""
+class Features(nn.Module):
+    """From images to the embedding, which never changes."""
 
     def __init__(self, owner: "ContinualPatchCore") -> None:
         super().__init__()
         self.owner = owner
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Judge images of shape ``(B, 3, H, W)`` in [0, 1]."""
+        """Embed images of shape ``(B, 3, H, W)`` in [0, 1] as ``(B, h, w, d)``."""
+        return {EMBEDDING: self.owner.model.embed(self.prepare(images))}
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Resize and normalise."""
+        return self.owner.pre_processor(images) if self.owner.pre_processor else images
+
+
+class Head(nn.Module):
+    """From the embedding to decisions on images of a height and width."""
+
+    def __init__(self, owner: "ContinualPatchCore", size: torch.Size) -> None:
+        super().__init__()
+        self.owner = owner
+        self.size = size
+
+    def forward(self, embedding: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Judge an embedding of shape ``(B, h, w, d)``."""
         owner = self.owner
-        images = owner.pre_processor(images) if owner.pre_processor else images
-        embedding = owner.model.embed(images)
-        predictions = owner.model.judge(embedding, *owner.model.search(embedding), images.shape[-2:])
+        predictions = owner.model.judge(embedding, *owner.model.search(embedding), self.size)
         if owner.post_processor:
             predictions = owner.post_processor(predictions)
         outputs = {name: getattr(predictions, name) for name in OUTPUTS}
-        return {**{name: value for name, value in outputs.items() if value is not None}, EMBEDDING: embedding}
+        return {name: value for name, value in outputs.items() if value is not None}
 
 
-def bundle_of(model: "ContinualPatchCore") -> Bundle:
-    """What a model brings to its bundle."""
+def bundle_of(model: "ContinualPatchCore", size: tuple[int, int]) -> Bundle:
+    """What a model brings to its bundle, for images of a height and width."""
+    features = Features(model)
     bank = model.model.bank
     capacity = variant_capacity(len(bank.variants))
     buffers = {
@@ -51,7 +67,8 @@ def bundle_of(model: "ContinualPatchCore") -> Bundle:
     tables = graph_tables(bank, model.model.memory_bank.shape[1], capacity)
     arrays, plain = bank.to_arrays()
     return Bundle(
-        graph=Graph(model),
+        graph=Head(model, features.prepare(torch.zeros(1, 3, *size, device=model.device)).shape[-2:]),
+        features=features,
         tables={name: (buffer, tables[name]) for name, buffer in buffers.items()},
         files={"bank.safetensors": save(arrays, {"plain": json.dumps(plain, allow_nan=False)})},
         metadata={
