@@ -59,7 +59,7 @@ def predict(
 
 def learn(
     bundle: str,
-    source: list[str],
+    source: str,
     variant: str | None = None,
     force: bool = False,
     device: str = "CPU",
@@ -71,7 +71,7 @@ def learn(
 
     Args:
         bundle: Folder that the export to openvino has written.
-        source: Good images, or folders of them.
+        source: Good image, or folder of good images.
         variant: Name of the product variant that they show; found for each image if not given.
         force: Learn images that look anomalous as well.
         device: Device of OpenVINO.
@@ -79,7 +79,7 @@ def learn(
     from .detector import EdgeDetector
 
     detector = EdgeDetector(bundle, device)
-    paths = [path for one in source for path in _paths(Path(one))]
+    paths = _paths(Path(source))
     with _progress("looked at", len(paths)) as done:
         learned = detector.learn(paths, variant, force=force, progress=done)
     detector.save()
@@ -146,7 +146,7 @@ def benchmark(
     from .images import load
 
     for device in devices or ov.Core().available_devices:
-        for precision in precisions or [None]:
+        for precision in precisions or (None,):
             start = time.perf_counter()
             detector = EdgeDetector(bundle, device, precision)
             if source is None:
@@ -155,7 +155,7 @@ def benchmark(
                 images = [load(path).transpose(1, 2, 0) for path in _paths(Path(source))[:64]]
             detector.predict(images[0])
             first = time.perf_counter() - start
-            times = []
+            times: list[float] = []
             end = time.perf_counter() + seconds
             while time.perf_counter() < end:
                 begin = time.perf_counter()
@@ -272,7 +272,8 @@ def _reference(path: Path) -> Callable[[NDArray[np.float32]], dict[str, Any]]:
     if path.suffix == ".ckpt":
         try:
             import torch
-            from anomalib.models import ContinualPatchCore
+
+            from anomalib_ext.models import ContinualPatchCore
         except ImportError as error:
             msg = f"To compare with {path}, torch is needed: pip install 'anomalib-ext[train]' ({error})."
             raise ValueError(msg) from error
@@ -330,6 +331,8 @@ def _images(source: str, frames: int | None) -> tuple[Iterable[tuple[str, Any]],
 
 def _frames(source: str, frames: int | None) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """Frames of a video file or a camera, RGB."""
+    import numpy as np
+
     try:
         import cv2
     except ImportError as error:
@@ -342,7 +345,7 @@ def _frames(source: str, frames: int | None) -> Iterator[tuple[str, NDArray[np.u
             found, frame = capture.read()
             if not found:
                 break
-            yield f"{Path(source).stem}_{number:06}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            yield f"{Path(source).stem}_{number:06}", np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), np.uint8)
             number += 1
     finally:
         capture.release()
@@ -422,9 +425,11 @@ def _progress(what: str, total: int | None) -> Generator[Callable[[int], None], 
             left = f", {(total - number) / rate:.0f} s left" if total else ""
             print(f"\r{what} {number}{of} ({rate:.1f} images/s{left}) ", end="", file=stream, flush=True)
 
-    yield show
-    if stream.isatty() and (total is None or total > 1):
-        print(file=stream)
+    try:
+        yield show
+    finally:
+        if stream.isatty() and (total is None or total > 1):
+            print(file=stream)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -433,7 +438,9 @@ def main(args: list[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from jsonargparse import auto_cli
 
-    commands = {command.__name__: command for command in (predict, learn, info, benchmark, parity, watch, undo)}
+    commands: dict[str, Any] = {
+        command.__name__: command for command in (predict, learn, info, benchmark, parity, watch, undo)
+    }
     try:
         return int(auto_cli(commands, args=args, as_positional=True))
     except (OSError, ValueError) as error:  # what the messages of this package are made for
