@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from anomalib import LearningType
+from anomalib import LearningType, TaskType
 from anomalib.data import AnomalibDataModule, Batch, ImageBatch, InferenceBatch
 from anomalib.data.utils import read_image
+from anomalib.deploy import CompressionType
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -28,10 +29,13 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
+from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_ext.export import export_bundle
 from anomalib_ext.models.components.backbone import backbone_normalization
 
+from .graph import bundle_of
 from .memory_bank import Report, Variant
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
@@ -43,7 +47,7 @@ logger = logging.getLogger(__name__)
 SMALLEST_SIDE = 16
 
 
-class ContinualPatchCore(AnomalibModule):
+class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of Lightning and Anomalib
     """PatchCore that learns product after product within a fixed memory budget.
 
     Every ``Engine.fit`` on the same model, every ``--ckpt_path`` given to ``anomalib train`` or ``fit``, and every
@@ -172,6 +176,57 @@ class ContinualPatchCore(AnomalibModule):
         if isinstance(predictions, ContinualInferenceBatch):  # without a post-processor
             return InferenceBatch(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
         return predictions
+
+    def to_openvino(
+        self,
+        export_root: str | Path,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,
+        max_drop: float = 0.01,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+    ) -> Path:
+        """Write a bundle, with which an edge PC inspects and goes on learning, to `export_root/weights/openvino`.
+
+        Args:
+            export_root: Folder of exports.
+            model_file_name: Must be ``model``, by which the edge PC finds the graph.
+            input_size: Height and width of the images; those of the pre-processor if not given.
+            compression_type: ``FP16`` halves the bytes of the backbone's weights, ``INT8_PTQ`` and ``INT8_ACQ``
+                quantise the backbone, ``INT8`` its weights alone. Bank and scores stay as they are.
+            datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
+            metric: Not used; image AUROC and F1 are compared.
+            task: Not used.
+            max_drop: Largest loss of AUROC or F1 by compression.
+            ov_kwargs: Arguments of ``openvino.convert_model``; ``{"input": [1, 3, H, W]}`` fixes the batch size.
+            onnx_kwargs: Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path of ``model.xml``.
+
+        Raises:
+            RuntimeError: If nothing was learned yet.
+            ValueError: If an argument does not fit, or compression loses more than allowed. An older bundle remains.
+        """
+        del metric, task
+        if model_file_name != "model":
+            msg = f"A bundle holds its graph in model.xml, not in {model_file_name}.xml; name its folder instead."
+            raise ValueError(msg)
+        return export_bundle(
+            self.eval(),
+            bundle_of,
+            export_root,
+            input_size=input_size,
+            compression_type=compression_type,
+            datamodule=datamodule,
+            max_drop=max_drop,
+            ov_kwargs=ov_kwargs,
+            onnx_kwargs=onnx_kwargs,
+        )
 
     # Learning
 

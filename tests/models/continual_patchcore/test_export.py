@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of exported models: the same decisions as in torch, for one image and for any batch."""
 
+import copy
+import errno
+import json
+import os
+import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +15,18 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from anomalib.data import Folder
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.pre_processing import PreProcessor
 from PIL import Image
+from safetensors import safe_open
+from torchvision.transforms.v2 import Resize
 
+from anomalib_ext import export
 from anomalib_ext.models import ContinualPatchCore
+from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
+from anomalib_ext.models.continual_patchcore.tables import graph_tables
+from openvino_export import bundle
 
 Make = Callable[..., Any]
 
@@ -175,6 +189,275 @@ def test_half_precision_and_several_neighbors(
     assert set(expected) == {"pred_score", "anomaly_map"}
     path = make_engine().export(model, ExportType.OPENVINO, export_root=tmp_path)
     assert_takes_any_batch(path, images, expected)
+
+
+def constants_of(path: Path) -> tuple[bytes, dict[str, bundle.Constant]]:
+    """Return the weights of an exported file, and where the bank lies in them."""
+    return path.with_suffix(".bin").read_bytes(), bundle.constants(path.read_bytes())
+
+
+def test_learning_changes_bytes_of_one_file(
+    images: torch.Tensor,
+    make_two: Make,
+    make_engine: Make,
+    products: Path,
+    tmp_path: Path,
+) -> None:
+    """With other values of its constants in `model.bin`, the file says what the model says that has learned more."""
+    model = make_two(backbone="test_resnet", layers=["layer1"], pre_trained=False)
+    before = judged(model, images)
+    path = make_engine().export(model, ExportType.OPENVINO, export_root=tmp_path)
+    model.partial_fit(sorted((products / "checks" / "train" / "good").iterdir())[:8], "checks")
+    model.partial_fit(products / "dots" / "test" / "hole" / "000.png", "dots")
+    after = judged(model, images)
+    assert np.abs(after["pred_score"] - before["pred_score"]).max() > 0.1
+
+    weights, places = constants_of(path)
+    tables = graph_tables(model.model.bank, model.model.memory_bank.shape[1], capacity=64)
+    assert set(tables) == set(places) == set(bundle.CONSTANTS)
+    path.with_suffix(".bin").write_bytes(bundle.replaced(weights, places, tables))
+    assert_same(run(path, images, EXACT), after)
+    # A variant's table may grow up to its capacity, and thresholds count as well as vectors.
+    tables["bank.image_values"][:, 0] += 1000
+    path.with_suffix(".bin").write_bytes(bundle.replaced(weights, places, tables))
+    assert not run(path, images, EXACT)["pred_label"].any()
+
+
+def test_bundle(two: ContinualPatchCore, images: torch.Tensor, make_engine: Make, tmp_path: Path) -> None:
+    """It holds the features, the bank, and a description with the checksum of every file."""
+    path = make_engine().export(two, ExportType.OPENVINO, export_root=tmp_path)
+    found = bundle.read(path.parent, ["bank.safetensors"])
+    assert set(found.metadata["files"]) == {
+        "model.xml",
+        "model.bin",
+        "features.xml",
+        "features.bin",
+        "bank.safetensors",
+    }
+    with safe_open(path.parent / "bank.safetensors", "numpy") as file:
+        plain = json.loads(file.metadata()["plain"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+    bank = MemoryBank.from_arrays(arrays, plain)
+    assert np.array_equal(bank.vectors, two.model.bank.vectors)
+    assert bank.thresholds("dots") == two.model.bank.thresholds("dots")
+
+    features = run(path.with_name("features.xml"), images, EXACT)["embedding"]
+    with torch.no_grad():
+        expected = two.model.embed(two.pre_processor(images)).numpy()
+    assert features == pytest.approx(expected, abs=1e-3)
+
+    metadata = {name: value for name, value in found.metadata.items() if name not in {"files", "anomalib_ext"}}
+    assert metadata == {
+        "schema_version": 1,
+        "model": "ContinualPatchCore",
+        "backbone": "tf_efficientnet_lite0",
+        "layers": ["blocks.2", "blocks.4"],
+        "input_size": [64, 64],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "num_neighbors": 1,
+        "one_shot": False,
+        "precision_hint": "f32",
+        "compression": "FP32",
+        "last_values": {"image": [None] * 3, "pixel": [None] * 3},
+        "normalization": True,
+        "thresholding": True,
+        "image_sensitivity": 0.5,
+        "pixel_sensitivity": 0.5,
+        "variants": ["stripes", "dots"],
+        "variant_capacity": 64,
+        "variant_thresholds": True,
+    }
+
+
+def test_a_fixed_batch(small: ContinualPatchCore, images: torch.Tensor, make_engine: Make, tmp_path: Path) -> None:
+    """Processors that need one get it by Anomalib's own argument."""
+    engine = make_engine()
+    path = engine.export(small, "openvino", export_root=tmp_path, ov_kwargs={"input": [1, 3, 64, 64]})
+    model = ov.Core().read_model(path)
+    assert not model.is_dynamic()
+    assert not ov.Core().read_model(path.with_name("features.xml")).is_dynamic()
+    alone = {name: value[:1] for name, value in judged(small, images).items()}
+    assert_same(run(path, images[:1], EXACT), alone)
+
+
+def test_other_sizes(small: ContinualPatchCore, images: torch.Tensor, make_engine: Make, tmp_path: Path) -> None:
+    """Images of another size are resized inside; without any, the size must be given."""
+    larger = torch.nn.functional.interpolate(images, size=(96, 80))
+    path = make_engine().export(small, "openvino", export_root=tmp_path, input_size=(96, 80))
+    assert ov.Core().read_model(path).inputs[0].partial_shape.to_string() == "[?,3,96,80]"
+    assert_same(run(path, larger, EXACT), judged(small, larger))
+
+    for pre_processor in (False, PreProcessor(Resize(64))):
+        small_too = copy.deepcopy(small)
+        small_too.pre_processor = pre_processor or None
+        with pytest.raises(ValueError, match="give input_size"):
+            small_too.to_openvino(tmp_path / "none")
+    assert not (tmp_path / "none" / "weights" / "openvino").exists()
+
+
+def test_a_failed_export_leaves_the_old_bundle(
+    small: ContinualPatchCore,
+    make_engine: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever fails, and whenever; a later export replaces it."""
+    folder = make_engine().export(small, "openvino", export_root=tmp_path).parent
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert not [name for name in before if name in {".staging", ".next"}]
+    for kwargs, message in (
+        ({"model_file_name": "other"}, "holds its graph in model.xml"),
+        ({"compression_type": CompressionType.INT8_PTQ}, "needs a datamodule"),
+        ({"onnx_kwargs": {"input_names": ["x"]}}, "may not hold input_names"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small.to_openvino(tmp_path, **kwargs)
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "no space")
+
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            small.to_openvino(tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    changed = copy.deepcopy(small)
+    changed.partial_fit(torch.rand(1, 3, 64, 64), "noise")
+    changed.to_openvino(tmp_path)
+    assert bundle.read(folder).metadata["variants"] == ["stripes", "dots", "noise"]
+
+
+def operations(path: Path) -> Counter[str]:
+    """Return how often each operation occurs in an exported file."""
+    return Counter(node.get_type_name() for node in ov.Core().read_model(path).get_ops())
+
+
+def test_quantisation_of_the_backbone(
+    two: ContinualPatchCore,
+    make_data: Make,
+    make_engine: Make,
+    images: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    """Whole graph and features are quantised alike; bank and thresholds are not; what is lost is known."""
+    data = make_data("stripes")
+    path = make_engine().export(
+        two,
+        ExportType.OPENVINO,
+        export_root=tmp_path,
+        compression_type=CompressionType.INT8_PTQ,
+        datamodule=data,
+    )
+    whole, features = operations(path), operations(path.with_name("features.xml"))
+    assert whole["Convolution"] == features["Convolution"]
+    assert whole["GroupConvolution"] == features["GroupConvolution"] > 5
+    assert whole["FakeQuantize"] == features["FakeQuantize"] > 10
+    weights, places = constants_of(path)
+    tables = graph_tables(two.model.bank, two.model.memory_bank.shape[1], capacity=64)
+    assert bundle.replaced(weights, places, tables) == weights
+    metadata = bundle.read(path.parent).metadata
+    assert metadata["compression"] == "INT8"
+    for values in metadata["accuracy"].values():
+        assert values["INT8"] >= values["FP32"] - 0.01
+    assert set(metadata["accuracy"]) == {"image_AUROC", "image_F1Score"}
+    # Not the same, or it would not be quantised; but nearly.
+    embedding = run(path.with_name("features.xml"), images, EXACT)["embedding"]
+    with torch.no_grad():
+        difference = np.abs(embedding - two.model.embed(two.pre_processor(images)).numpy()).mean()
+    assert 1e-3 < difference < 0.1 * np.abs(embedding).mean()
+
+
+@pytest.mark.parametrize("compression", ["FP16", "INT8", "INT8_PTQ"])
+def test_compression_that_loses_too_much_is_refused(
+    compression: str,
+    small: ContinualPatchCore,
+    make_data: Make,
+    make_engine: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both figures are named, and the old bundle remains."""
+    kwargs = {"export_root": tmp_path, "compression_type": CompressionType[compression]}
+    path = make_engine().export(small, "openvino", export_root=tmp_path)
+    before = path.with_suffix(".bin").read_bytes()
+    data = make_data("stripes")
+    compress = export._compressed
+
+    def damaged(*args: Any) -> ov.Model:  # noqa: ANN401
+        model = compress(*args).clone()
+        first = next(node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution")
+        readers = first.output(0).get_target_inputs()
+        nothing = ov.opset13.multiply(first.output(0), np.float32(0))
+        for reader in readers:
+            reader.replace_source_output(nothing.output(0))
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_compressed", damaged)
+        name = compression.partition("_")[0]
+        with pytest.raises(
+            ValueError, match=rf"{name} loses more than max_drop=0.01 .*AUROC \d\.\d+ \(FP32: 1\.0000\)"
+        ):
+            small.to_openvino(datamodule=data, **kwargs)
+    assert path.with_suffix(".bin").read_bytes() == before
+    small.to_openvino(datamodule=data, **kwargs)
+    assert path.with_suffix(".bin").read_bytes() != before
+
+
+def test_compression_checked_without_anomalous_images(
+    small: ContinualPatchCore,
+    products: Path,
+    tmp_path: Path,
+) -> None:
+    """Where there is no AUROC, the decisions on normal images are compared."""
+    folder = products / "stripes"
+    data = Folder("stripes", root=folder, normal_dir="train/good", normal_test_dir="test/good", num_workers=0)
+    path = small.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=data)
+    assert bundle.read(path.parent).metadata["accuracy"].keys() == {"equal decisions"}
+
+
+MODEL_API = os.environ.get("MODEL_API_PYTHON", "")
+
+
+@pytest.mark.skipif(not MODEL_API, reason="MODEL_API_PYTHON names no Python that has openvino-model-api")
+def test_model_api(
+    two: ContinualPatchCore,
+    images: torch.Tensor,
+    products: Path,
+    make_engine: Make,
+    tmp_path: Path,
+) -> None:
+    """Intel's ModelAPI, in its own environment since it wants another OpenCV, decides alike."""
+    path = make_engine().export(two, ExportType.OPENVINO, export_root=tmp_path)
+    script = """
+import json, sys
+import cv2, numpy as np
+from model_api.models import AnomalyDetection
+
+model = AnomalyDetection.create_model(sys.argv[1], device="CPU")
+results = []
+for file in sys.argv[2:]:
+    image = cv2.imread(file)
+    for each in (image, cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_NEAREST)):
+        result = model(each)
+        shapes = [result.anomaly_map.shape, result.pred_mask.shape, each.shape[:2]]
+        assert len(set(shapes)) == 1, shapes
+        results.append((result.pred_score, result.pred_label, float(result.anomaly_map.mean()) / 255))
+print(json.dumps(results))
+"""
+    files = [str(products / "dots" / "test" / kind / "000.png") for kind in ("good", "hole")]
+    command = [MODEL_API, "-c", script, str(path), *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    expected = judged(two, images)
+    for index, result in zip((4, 4, 6, 6), results, strict=True):
+        # As computed by default, which is in bfloat16 where the processor can.
+        assert result[0] == pytest.approx(expected["pred_score"][index], abs=0.05)
+        assert result[1] == str(bool(expected["pred_label"][index]))
+        assert result[2] == pytest.approx(expected["anomaly_map"][index].mean(), abs=0.02)
 
 
 def test_nothing_learned(make_model: Make, make_engine: Make, tmp_path: Path) -> None:

@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle folder: verified when it is read, and changed by one atomic step, so that a kill leaves no mixture.
+
+An update is written to the folder `.staging` and flushed to the disk. Renaming that to `.next` is the step that counts:
+before it the bundle is the old one, after it the new one. The files of `.next` then move to their places, which the
+next to open the bundle does if a kill prevented it. Readers need no lock: they take a file from `.next` while it is
+there, and read again if what they read does not match its checksums because it was being moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Generator, Mapping
+
+    from numpy.typing import NDArray
+
+SCHEMA_VERSION = 1
+METADATA = "metadata.json"
+BANK = "bank.safetensors"
+# The constants of model.xml that learning changes.
+CONSTANTS = ("bank.vectors", "bank.squares", "bank.owners", "bank.image_values", "bank.pixel_values")
+
+_STAGING, _NEXT, _PREVIOUS, _LOCK = ".staging", ".next", ".previous", ".lock"
+_REQUIRED = ("model", "input_size", "mean", "std", "variants", "files")
+# Seconds for which a reader that meets moving files tries again; they move within milliseconds.
+_PATIENCE = 30.0
+_DTYPES = {"f16": "float16", "f32": "float32", "f64": "float64", "i32": "int32", "i64": "int64"}
+
+
+class BundleError(ValueError):
+    """A folder is not a bundle that this version can use; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle as it was read and verified.
+
+    Attributes:
+        folder: The bundle's folder.
+        metadata: Content of `metadata.json`.
+        contents: The files that were asked for.
+        version: Checksum of `metadata.json`, which lists the checksums of all other files.
+    """
+
+    folder: Path
+    metadata: dict[str, Any]
+    contents: dict[str, bytes]
+    version: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Place of a constant of an IR in its .bin file.
+
+    Attributes:
+        offset: First byte.
+        size: Number of bytes.
+        dtype: NumPy's name of the element type.
+        shape: Shape.
+    """
+
+    offset: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read(folder: str | Path, keep: Collection[str] = ()) -> Bundle:
+    """Read and verify a bundle, finishing an update that was interrupted.
+
+    Args:
+        folder: The bundle's folder.
+        keep: Names of files whose content is returned; all files are verified.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        BundleError: If it is no bundle, of a newer version, or changed since it was written.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        msg = f"There is no bundle folder {folder}. Give the folder that an export to openvino wrote (with {METADATA})."
+        raise FileNotFoundError(msg)
+    if (folder / _NEXT).exists():
+        try:
+            with locked(folder, timeout=0):
+                pass  # which finishes it
+        except (TimeoutError, BundleError):  # someone is at it, or the folder cannot be written
+            pass
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        before = _fingerprint(folder)
+        try:
+            return _read_once(folder, keep)
+        except BundleError:
+            # Only a bundle that was changing meanwhile is worth another look.
+            if _fingerprint(folder) == before or time.monotonic() > deadline:
+                raise
+
+
+def _fingerprint(folder: Path) -> tuple[Any, ...]:
+    """What changes when an update moves to its place."""
+    found: list[Any] = []
+    for path in (folder / _NEXT, folder / METADATA, folder / "model.bin", folder / BANK):
+        try:
+            status = path.stat()
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except FileNotFoundError:  # noqa: PERF203
+            found.append(None)
+    return tuple(found)
+
+
+def current_version(folder: str | Path) -> str:
+    """Checksum of `metadata.json`, which changes with every update; empty if it cannot be read right now."""
+    try:
+        return hashlib.sha256(_open(Path(folder), METADATA)).hexdigest()
+    except BundleError:
+        return ""
+
+
+def _open(folder: Path, name: str) -> bytes:
+    for path in (folder / _NEXT / name, folder / name):
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):  # noqa: PERF203
+            continue
+        except OSError as error:
+            msg = f"{path} cannot be read: {error}."
+            raise BundleError(msg) from error
+    msg = f"{folder} has no {name}. It is no bundle, or an incomplete copy: copy the whole folder again."
+    raise BundleError(msg)
+
+
+def _read_once(folder: Path, keep: Collection[str]) -> Bundle:
+    text = _open(folder, METADATA)
+    metadata = _parse(folder, text)
+    contents = {}
+    for name, entry in metadata["files"].items():
+        _refuse_outside(folder, name)
+        content = _open(folder, name)
+        if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            msg = (
+                f"{folder / name} was changed or truncated: it has {len(content)} bytes, the bundle was written with "
+                f"{entry['size']}{' others' if len(content) == entry['size'] else ''}. Copy the whole folder again, "
+                "or restore the state before the last learning: anomalib-edge undo."
+            )
+            raise BundleError(msg)
+        if name in keep:
+            contents[name] = content
+    missing = [name for name in keep if name not in contents]
+    if missing:
+        msg = f"The bundle {folder} of {metadata['model']} has no {', '.join(missing)}; export the model again."
+        raise BundleError(msg)
+    return Bundle(folder, metadata, contents, hashlib.sha256(text).hexdigest())
+
+
+def _parse(folder: Path, text: bytes) -> dict[str, Any]:
+    try:
+        metadata = json.loads(text)
+    except ValueError as error:
+        msg = f"{folder / METADATA} is no JSON ({error}). Copy the whole folder again."
+        raise BundleError(msg) from error
+    version = metadata.get("schema_version") if isinstance(metadata, dict) else None
+    if type(version) is not int:
+        msg = f"{folder / METADATA} has no schema_version: {folder} was not written by anomalib-ext. Export it again."
+        raise BundleError(msg)
+    if version != SCHEMA_VERSION:
+        msg = (
+            f"The bundle {folder} has schema version {version}, this version of anomalib-ext reads {SCHEMA_VERSION}. "
+            f"{'Update anomalib-ext on this PC' if version > SCHEMA_VERSION else 'Export the model again'}."
+        )
+        raise BundleError(msg)
+    problem = _problem(metadata)
+    if problem:
+        msg = f"{folder / METADATA} {problem}. Copy the whole folder again, or export the model again."
+        raise BundleError(msg)
+    return metadata
+
+
+def _problem(metadata: dict[str, Any]) -> str:
+    """What is wrong with metadata; empty if nothing is."""
+    missing = [key for key in _REQUIRED if key not in metadata]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    files = metadata["files"]
+    if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
+        return "lists its files in another way"
+    size = metadata["input_size"]
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        return f"has the input_size {size}, not a height and a width"
+    for key in ("mean", "std"):
+        value = metadata[key]
+        if not isinstance(value, list) or len(value) != 3 or not all(isinstance(one, (int, float)) for one in value):
+            return f"has the {key} {value}, not one number for each color"
+    return ""
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("size")) is int
+
+
+def _refuse_outside(folder: Path, name: str) -> None:
+    """Refuse names and links that lead out of the folder."""
+    plain = name not in {"", ".", ".."} and not re.search(r"[/\\:\0]", name)
+    if plain:
+        root = folder.resolve()
+        plain = all((place / name).resolve().is_relative_to(root) for place in (folder, folder / _NEXT))
+    if not plain:
+        msg = f"{folder / METADATA} names the file {name!r}, which leads out of the bundle's folder; it is not opened."
+        raise BundleError(msg)
+
+
+@contextmanager
+def locked(folder: str | Path, timeout: float = 60.0) -> Generator[None, None, None]:
+    """Keep other writers away, and finish the update of one that was killed.
+
+    The operating system releases the lock of a process that ends in whatever way, so none is ever left behind. It is
+    not re-entrant.
+
+    Args:
+        folder: The bundle's folder.
+        timeout: Seconds to wait for another writer.
+
+    Raises:
+        TimeoutError: If another writer is still at work then.
+        BundleError: If the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        msg = f"The bundle {folder} cannot be changed: {error}. Copy it to a folder that you may write to."
+        raise BundleError(msg) from error
+    try:
+        deadline = time.monotonic() + timeout
+        while not _try_lock(descriptor):
+            if time.monotonic() >= deadline:
+                msg = f"Another process is changing the bundle {folder}. Try again when it has finished."
+                raise TimeoutError(msg)
+            time.sleep(0.05)
+        shutil.rmtree(folder / _STAGING, ignore_errors=True)
+        _roll_forward(folder)
+        yield
+    finally:
+        os.close(descriptor)  # which releases the lock
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        _lock(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _lock(descriptor: int) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def update(bundle: Bundle, files: Mapping[str, bytes], changes: Mapping[str, Any]) -> Bundle:
+    """Replace files of a bundle at once; call it under :func:`locked`.
+
+    Args:
+        bundle: The bundle as it was read.
+        files: New contents.
+        changes: Entries of `metadata.json` that change, besides the checksums.
+
+    Returns:
+        The new bundle, with the contents that were kept before.
+
+    Raises:
+        BundleError: If the bundle was changed since it was read. Nothing was changed then.
+    """
+    if current_version(bundle.folder) != bundle.version:
+        msg = (
+            f"The bundle {bundle.folder} was changed by another process since it was read, so nothing was saved. "
+            "Read it again, then repeat the learning."
+        )
+        raise BundleError(msg)
+    text = _text({**bundle.metadata, **changes}, files)
+    _commit(bundle.folder, {**files, METADATA: text})
+    contents = {name: files.get(name, content) for name, content in bundle.contents.items()}
+    return Bundle(bundle.folder, json.loads(text), contents, hashlib.sha256(text).hexdigest())
+
+
+def create(folder: str | Path, files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> None:
+    """Write a bundle, in place of whatever bundle is in the folder; a kill leaves one of the two.
+
+    Args:
+        folder: Folder of the bundle, made if need be.
+        files: Contents by name.
+        metadata: Entries of `metadata.json`, which gains the checksums.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        # What an older model had learned is nothing to go back to from this one.
+        _commit(folder, {**files, METADATA: _text(metadata, files)}, keep=False)
+
+
+def _text(metadata: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
+    """Content of `metadata.json`, with the checksums of files that are new."""
+    checksums = {
+        name: {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)} for name, content in files.items()
+    }
+    content = {**metadata, "files": {**metadata.get("files", {}), **checksums}}
+    return json.dumps(content, indent=2, allow_nan=False).encode()
+
+
+def undo(folder: str | Path) -> None:
+    """Bring back the bundle as it was before the last update; a second call brings the update back.
+
+    Raises:
+        BundleError: If there is nothing to go back to, or it is damaged. Nothing was changed then.
+        TimeoutError: If another process is changing the bundle.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        msg = f"There is no bundle folder {folder}."
+        raise FileNotFoundError(msg)
+    with locked(folder):
+        previous = folder / _PREVIOUS
+        if not (previous / METADATA).is_file():
+            msg = f"The bundle {folder} has no previous state: nothing was learned since it was copied here."
+            raise BundleError(msg)
+        files = {path.name: path.read_bytes() for path in previous.iterdir()}
+        metadata = _parse(previous, files[METADATA])
+        for name, content in files.items():
+            entry = metadata["files"].get(name)
+            if name != METADATA and (entry is None or hashlib.sha256(content).hexdigest() != entry["sha256"]):
+                msg = f"{previous / name} was changed, so the bundle stays as it is. Copy the whole folder again."
+                raise BundleError(msg)
+        _commit(folder, files)
+
+
+def _commit(folder: Path, files: Mapping[str, bytes], *, keep: bool = True) -> None:
+    """Write files beside, then make them the bundle's by one rename, and keep what they replace."""
+    staging = folder / _STAGING
+    try:
+        _stage(folder, staging, files, keep=keep)
+        staging.rename(folder / _NEXT)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _sync(folder)
+    _roll_forward(folder)
+
+
+def _stage(folder: Path, staging: Path, files: Mapping[str, bytes], *, keep: bool) -> None:
+    previous = staging / _PREVIOUS
+    previous.mkdir(parents=True)
+    for name, content in files.items():
+        with (staging / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep:
+            _link(folder / name, previous / name)
+    _sync(previous)
+    _sync(staging)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links, such as that of a USB stick
+        shutil.copyfile(source, target)
+        with target.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _roll_forward(folder: Path) -> None:
+    """Move the files of a committed update to their places; it may be interrupted and repeated at any point."""
+    source = folder / _NEXT
+    if not source.is_dir():
+        return
+    names = sorted(path.name for path in source.iterdir() if path.name not in {METADATA, _PREVIOUS})
+    # The metadata last: as long as it is in its old place, readers look here first.
+    for name in (*names, METADATA):
+        if (source / name).exists():
+            (source / name).replace(folder / name)
+    _sync(folder)
+    if (source / _PREVIOUS).is_dir():
+        shutil.rmtree(folder / _PREVIOUS, ignore_errors=True)
+        (source / _PREVIOUS).rename(folder / _PREVIOUS)
+    _sync(folder)
+    source.rmdir()
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be synced
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def constants(xml: bytes, names: Collection[str] = CONSTANTS) -> dict[str, Constant]:
+    """Find constants of an IR by the name of their layer.
+
+    Args:
+        xml: Content of the .xml file.
+        names: Names of the layers.
+
+    Raises:
+        BundleError: If one is missing, or shares its bytes with another layer.
+    """
+    found: dict[str, Constant] = {}
+    places: list[tuple[int, int, str]] = []
+    for layer, data in re.findall(r"<layer\b([^>]*)>\s*<data\b([^>]*)/>", xml.decode()):
+        head, body = (dict(re.findall(r'([\w-]+)="([^"]*)"', part)) for part in (layer, data))
+        if head.get("type") != "Const":
+            continue
+        name, offset, size = head["name"], int(body["offset"]), int(body["size"])
+        places.append((offset, offset + size, name))
+        if name in names:
+            shape = tuple(int(side) for side in body["shape"].split(",") if side.strip())
+            dtype = _DTYPES.get(body["element_type"], "")
+            if not dtype or np.prod(shape) * np.dtype(dtype).itemsize != size:
+                msg = f"The constant {name} of model.xml has an unknown type {body['element_type']}; export it again."
+                raise BundleError(msg)
+            found[name] = Constant(offset, size, dtype, shape)
+    for name in names:
+        if name not in found:
+            msg = f"model.xml has no constant {name}, so it cannot take in what is learned; export the model again."
+            raise BundleError(msg)
+        first, last = found[name].offset, found[name].offset + found[name].size
+        for begin, end, other in places:
+            if other != name and begin < last and first < end:
+                msg = f"The constants {name} and {other} of model.xml share their bytes; export the model again."
+                raise BundleError(msg)
+    return found
+
+
+def replaced(weights: bytes, places: Mapping[str, Constant], values: Mapping[str, NDArray[Any]]) -> bytes:
+    """Content of a .bin file with other values of constants.
+
+    Args:
+        weights: Content of the .bin file.
+        places: What :func:`constants` found.
+        values: New values, of the constants' shapes.
+
+    Raises:
+        BundleError: If a value is of another shape, or a constant lies beyond the end.
+    """
+    content = bytearray(weights)
+    for name, value in values.items():
+        place = places[name]
+        if value.shape != place.shape or place.offset + place.size > len(content):
+            msg = (
+                f"The constant {name} of model.xml has the shape {place.shape}, not {value.shape}, or lies beyond "
+                "model.bin: the files are not of one export. Export the model again."
+            )
+            raise BundleError(msg)
+        content[place.offset : place.offset + place.size] = np.ascontiguousarray(value, place.dtype).tobytes()
+    return bytes(content)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images as the models take them, without torch: the same values, and the same refusals, as on the training PC."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+# An image with a shorter side than this holds no surface to judge.
+SMALLEST_SIDE = 16
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def load(source: str | Path | NDArray[Any], name: str = "") -> Array:
+    """Read an image.
+
+    Args:
+        source: Path of an image file, or an array of shape `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)`, of 8 bits
+            or floats in [0, 1], RGB. An alpha channel is dropped.
+        name: What messages call an array.
+
+    Returns:
+        Shape `(3, H, W)`, in [0, 1].
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is unreadable, too small, of more than 8 bits, out of range or not finite.
+    """
+    if isinstance(source, (str, Path)):
+        return _from_file(Path(source))
+    return _from_array(np.asarray(source), name or "The image")
+
+
+def _from_file(path: Path) -> Array:
+    from PIL import Image
+
+    try:
+        pixels = _pixels(path)
+    except FileNotFoundError:
+        msg = f"There is no image {path}."
+        raise FileNotFoundError(msg) from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's errors for unreadable images
+        msg = f"{path} cannot be read as an image: {error}."
+        raise ValueError(msg) from error
+    return _to_float(pixels)
+
+
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        _check_size(*image.size, str(path))
+        if image.mode.startswith(("I", "F")):
+            msg = (
+                f"{path} has pixels of mode {image.mode!r} (more than 8 bits). They would be clipped to 8 bits: "
+                "convert the image to 8 bits first, in the same way for learning and for judging."
+            )
+            raise ValueError(msg)
+        return np.asarray(image.convert("RGB"))
+
+
+def _from_array(pixels: NDArray[Any], name: str) -> Array:
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in {1, 3, 4}:
+        msg = f"{name} must be of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {pixels.shape}."
+        raise ValueError(msg)
+    _check_size(pixels.shape[1], pixels.shape[0], name)
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3)) if pixels.shape[2] == 1 else pixels[..., :3]
+    if pixels.dtype == np.uint8:
+        return _to_float(pixels)
+    if not np.issubdtype(pixels.dtype, np.floating):
+        msg = f"{name} must be of 8 bits or of floats in [0, 1], got {pixels.dtype}; convert it first."
+        raise ValueError(msg)
+    image = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+    if not np.isfinite(image).all():
+        msg = f"{name} holds NaN or infinite values."
+        raise ValueError(msg)
+    if image.min() < -1e-3 or image.max() > 1 + 1e-3:  # resampling rounds
+        msg = f"{name} must lie in [0, 1], got {float(image.min()):.3g} to {float(image.max()):.3g}."
+        raise ValueError(msg)
+    return image
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if min(width, height) < SMALLEST_SIDE:
+        msg = f"{name} has {width} x {height} pixels; at least {SMALLEST_SIDE} each way are needed to judge it."
+        raise ValueError(msg)
+
+
+def _to_float(pixels: NDArray[np.uint8]) -> Array:
+    image = np.empty((3, *pixels.shape[:2]), np.float32)
+    np.multiply(pixels.transpose(2, 0, 1), np.float32(1 / 255), out=image, casting="unsafe")
+    return image
+
+
+def resize(image: Array, size: tuple[int, int]) -> Array:
+    """Resize as torchvision's antialiased bilinear `Resize` does with floats.
+
+    Args:
+        image: Shape `(3, H, W)`.
+        size: Height and width of the result.
+    """
+    if image.shape[1:] == size:
+        return image
+    from PIL import Image
+
+    # Floats, since 8-bit images would be rounded between the two passes and at the end.
+    channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in image]
+    return np.stack([np.asarray(channel.resize(size[::-1], Image.Resampling.BILINEAR)) for channel in channels])
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Image files below a folder, sorted by path."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
