@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anomalib_ext.models.components.k_center import single_threaded
 from anomalib_ext.models.continual_patchcore.anomaly_map import anomaly_maps
 from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank, Report
 from anomalib_ext.models.continual_patchcore.tables import graph_tables
@@ -275,7 +276,7 @@ class EdgeDetector:
         if not items:
             msg = "There are no images to learn."
             raise ValueError(msg)
-        with self._changing:
+        with self._changing, single_threaded():
             before = self._knowledge
             bank = copy.deepcopy(before.bank)
             few = bool(self._bundle.metadata.get("one_shot")) and are_few(bank, variant, len(items))
@@ -420,10 +421,12 @@ class EdgeDetector:
             )
             raise BundleError(msg)
         values = {}
+        with single_threaded():
+            thresholds = [bank.thresholds(name) for name in bank.variants]
         for kind in ("image", "pixel"):
             known = read.metadata.get("last_values", {}).get(kind, [None] * 3)
             last = np.array([np.nan if value is None else value for value in known], np.float32)
-            rows = np.array([bank.thresholds(name)[kind] for name in bank.variants], np.float32)
+            rows = np.array([one[kind] for one in thresholds], np.float32)
             if not read.metadata.get("variant_thresholds", True):
                 rows[:] = np.nan
             values[kind] = np.where(np.isnan(rows), last, rows)

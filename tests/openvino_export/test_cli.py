@@ -78,13 +78,12 @@ def test_learn_and_undo(run: Any, bundle: Path, products: Path, tmp_path: Path) 
     code, lines, _ = run("predict", bundle, products / "dots" / "test" / "good")
     assert code == 0
     assert {line["variant"] for line in lines} == {"dots"}
-    bad = products / "dots" / "test" / "hole" / "000.png"
-    code, lines, errors = run("learn", bundle, bad, "--variant", "dots")
+    bad = products / "stripes" / "test" / "hole" / "000.png"
+    code, lines, errors = run("learn", bundle, bad, "--variant", "stripes")
     assert code == 3
     assert list(lines[0]["held_back"]) == [str(bad)]
     assert f"{bad} was not learned" in errors
-    code, lines, _ = run("undo", bundle)
-    assert (code, lines) == (0, [{"variants": ["stripes"]}])
+    assert run("undo", bundle)[:2] == (0, [{"variants": ["stripes"]}])
 
 
 def test_info(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
