@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 # An image that is said to be good is suspicious if it scores so many times the threshold of its variant. Between what
 # good images and what defective ones of unseen kinds reach on real products, see docs/edge.md.
-SUSPICION = 1.5
+SUSPICION = 1.75
 
 
 @dataclass(frozen=True)
@@ -344,8 +344,12 @@ class EdgeDetector:
             arrays, plain = knowledge.bank.to_arrays()
             dimension = arrays["vectors"].shape[1]
             tables = graph_tables(knowledge.bank, dimension, int(self._bundle.metadata["variant_capacity"]))
-            held = [name for name in tables if f'name="{name}"'.encode() in read.contents["model.xml"]]
-            places = bundles.constants(read.contents["model.xml"], [*bundles.CONSTANTS[:3], *held])
+            # Without thresholds by variant, the graph has no use for the owners of vectors either.
+            by_variant = self._bundle.metadata.get("variant_thresholds", True) and (
+                self._bundle.metadata.get("normalization") or self._bundle.metadata.get("thresholding")
+            )
+            needed = bundles.CONSTANTS if by_variant else bundles.CONSTANTS[:2]
+            places = bundles.constants(read.contents["model.xml"], needed)
             weights = bundles.replaced(read.contents["model.bin"], places, {name: tables[name] for name in places})
             files = {"model.bin": weights, BANK: save(arrays, {"plain": json.dumps(plain, allow_nan=False)})}
             self._bundle = bundles.update(self._bundle, files, {"variants": knowledge.names})

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_ext.models import ContinualPatchCore
 from openvino_export import EdgeDetector
 from openvino_export.bundle import BundleError
-from openvino_export.detector import Prediction
+from openvino_export.detector import SUSPICION, Prediction
 from openvino_export.images import load, resize
 
 Make = Callable[..., Any]
@@ -203,7 +203,7 @@ def test_suspicious_images_are_held_back(bundle: Path, good: dict[str, list[Path
     assert before.pred_label
     learned = detector.learn([*good["stripes"][:2], bad, good["dots"][0]], "stripes")
     assert list(learned.held_back) == [str(bad), str(good["dots"][0])]
-    assert min(learned.held_back.values()) > 1.5
+    assert min(learned.held_back.values()) > SUSPICION
     assert detector.predict(bad).pred_score == pytest.approx(before.pred_score)
     forced = detector.learn(bad, "stripes", force=True)
     assert not forced.held_back
