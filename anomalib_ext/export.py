@@ -6,12 +6,8 @@ model adds. A model that learns on the edge is cut at its embedding: `features.x
 changes are constants of the whole graph with fixed names, so that only their bytes in `model.bin` ever change.
 """
 
-import hashlib
-import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +28,6 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_ext import __version__
 from openvino_export import bundle
-from openvino_export.bundle import _NEXT, _PREVIOUS, _STAGING
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -152,7 +147,7 @@ def export_bundle(
         names = ["model.xml", "model.bin", *(["features.xml", "features.bin"] if features is not None else [])]
         files = {**{name: (folder / name).read_bytes() for name in names}, **brought.files}
     target = Path(export_root) / "weights" / "openvino"
-    _write(target, files, metadata)
+    bundle.create(target, files, metadata)
     return target / "model.xml"
 
 
@@ -437,32 +432,3 @@ def _describe_to_model_api(model: "ov.Model", size: tuple[int, int]) -> None:
     }
     for name, value in description.items():
         model.set_rt_info(value, ["model_info", name])
-
-
-# Writing
-
-
-def _write(folder: Path, files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> None:
-    """Write a bundle in place of whatever bundle is there; a kill leaves one of the two."""
-    checksums = {
-        name: {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)} for name, content in files.items()
-    }
-    text = json.dumps({**metadata, "files": checksums}, indent=2, allow_nan=False).encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    with bundle.locked(folder):
-        staging = folder / _STAGING
-        try:
-            staging.mkdir()
-            for name, content in {**files, bundle.METADATA: text}.items():
-                with (staging / name).open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        # Nobody is to go back from this model to the state of an older one.
-        shutil.rmtree(folder / _PREVIOUS, ignore_errors=True)
-        staging.rename(folder / _NEXT)
-    with bundle.locked(folder):
-        pass  # which brings the files to their places

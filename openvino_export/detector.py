@@ -40,8 +40,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
     Source = str | Path | NDArray[Any]
 
-# An image that is said to be good is suspicious if it scores so many times the threshold of its variant. Between what
-# good images and what defective ones of unseen kinds reach on real products, see docs/edge.md.
+# An image that is said to be good is suspicious if it scores so many times the threshold of its variant.
 SUSPICION = 1.75
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 NUM_VIEWS = 16
 # Up to this many images of a variant, each is learned with augmented views.
 FEW_IMAGES = 16
-# Where views were learned, views as slight as these score far lower than another image of the product does. With this
-# factor, the highest of 16 lay above most new images and below most defects of `brick`, for each of eight seeds.
+# Views as slight as those that were learned score far lower than another image of the product does. Of a single image
+# there is nothing else to go by; this factor was chosen on `brick`, and suits some products only (docs/benchmarks.md).
 CALIBRATION_STRENGTH = 2.5
 
 
@@ -137,7 +137,8 @@ def calibrate_from_views(
     known = bank.variants[variant].calibration
     if known is not None and known.labels.any():
         return  # scores of real anomalies stay the better guide
-    strength = CALIBRATION_STRENGTH if one_shot and are_few(bank, variant) else 1.0
+    reach = bank.variants[variant].reach
+    strength = CALIBRATION_STRENGTH if one_shot and are_few(bank, variant) and not reach else 1.0
     vectors = bank.vectors
     highest_patches = []
     lowest, highest = np.inf, -np.inf
@@ -159,4 +160,4 @@ def calibrate_from_views(
         highest = float(np.fmax(highest, known_highest / known.margin))
     # As Anomalib does when no image is anomalous: the highest normal score is the threshold.
     normal = np.zeros(len(calibration), dtype=bool)
-    bank.calibrate(variant, calibration, normal, (highest, lowest, highest), bank.variants[variant].reach)
+    bank.calibrate(variant, calibration, normal, (highest, lowest, highest), reach)
