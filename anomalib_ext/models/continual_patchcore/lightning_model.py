@@ -487,8 +487,6 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
         """Load weights and bank, or nothing if they do not fit; thresholds follow from the bank."""
-        # Older checkpoints hold the kernel of Anomalib's map generator, which is no longer a part of the model.
-        state_dict = {name: value for name, value in state_dict.items() if not name.endswith(".blur.kernel")}
         before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
         bank = self.model.bank
         self._read_bank(state_dict)  # first, for differing shapes of the backbone would hide the reason
