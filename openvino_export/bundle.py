@@ -401,7 +401,10 @@ def _roll_forward(folder: Path) -> None:
     _sync(folder)
     if (source / _PREVIOUS).is_dir():
         shutil.rmtree(folder / _PREVIOUS, ignore_errors=True)
-        (source / _PREVIOUS).rename(folder / _PREVIOUS)
+        if any((source / _PREVIOUS).iterdir()):
+            (source / _PREVIOUS).rename(folder / _PREVIOUS)
+        else:  # there is nothing to go back to
+            (source / _PREVIOUS).rmdir()
     _sync(folder)
     source.rmdir()
 
