@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from anomalib_ext.models.components.anomaly_map import anomaly_maps
 from anomalib_ext.models.components.k_center import nearest
 
-from .anomaly_map import anomaly_maps
 from .memory_bank import CALIBRATION_PATCHES, MemoryBank
 
 if TYPE_CHECKING:
