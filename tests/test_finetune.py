@@ -170,6 +170,25 @@ def test_freezing(backbone: str, tmp_path: Path) -> None:
     assert set(state) - same
 
 
+def test_without_tensorboard(
+    classes: Path,
+    start: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The curves go to a CSV file, and it is said so."""
+    monkeypatch.setattr("anomalib_ext.finetune.find_spec", lambda _: None)
+    curves = tmp_path / "curves"
+    options = {"max_epochs": 1, "results_dir": curves, "accelerator": "cpu"}
+    finetune(classes, tmp_path / "new.safetensors", BACKBONE, start, **options)
+    assert "TensorBoard is not installed (extra `loggers`), so the curves go to metrics.csv" in caplog.text
+    (table,) = curves.rglob("metrics.csv")
+    assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy"} <= set(
+        table.read_text().split("\n")[0].split(",")
+    )
+
+
 def image_folder(root: Path, **counts: int) -> Path:
     """Return a folder of noise."""
     rng = np.random.default_rng(0)

@@ -59,7 +59,8 @@ def load_backbone(
 
     Raises:
         ValueError: If the backbone or a layer is unknown, the layers are empty or repeated, ``weights`` is given
-            without ``pre_trained``, or a weight file is unreadable or lacks a tensor that the extractor needs.
+            without ``pre_trained``, or a weight file is unreadable, lacks a tensor that the extractor needs, or says
+            that it is of another architecture.
         FileNotFoundError: If the weights are nowhere to be found. The message says how to provide them.
     """
     if weights is not None and not pre_trained:
@@ -88,7 +89,8 @@ def load_classifier(backbone: str, num_classes: int, weights: str | Path | None 
         weights: As for :func:`load_backbone`.
 
     Raises:
-        ValueError: If the backbone is unknown, or a weight file is unreadable or lacks a tensor.
+        ValueError: If the backbone is unknown, or a weight file is unreadable, lacks a tensor, or says that it is of
+            another architecture.
         FileNotFoundError: If the weights are nowhere to be found.
     """
     model = _load_pretrained(backbone, _pretrained_config(backbone), None, weights)

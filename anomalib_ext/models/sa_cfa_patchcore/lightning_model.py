@@ -200,7 +200,8 @@ class SaCfaPatchCore(AnomalibModule):
 
     def on_train_epoch_start(self) -> None:
         """Begin with nothing; the old memory bank stays until there is a new one."""
-        self.model.embedding_store.clear()
+        self.model.embedding_store.clear()  # a fit that failed may have left some
+        self.model.is_selected = True
 
     def training_step(self, batch: ImageBatch, *args, **kwargs) -> torch.Tensor:
         """Collect the embeddings of a batch of normal images."""

@@ -132,7 +132,8 @@ def test_a_checkpoint_brings_attention_and_groups(
 def test_foreign_checkpoints_are_refused(make_data: Make, make_engine: Make, tmp_path: Path) -> None:
     """Of another model, backbone or layers; the model stays as it is. And ours is refused by others."""
     model = new_model()
-    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    state = model.model.state_dict()
+    before = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
     continual = ContinualPatchCore(pre_trained=False, visualizer=False)
     padim = Padim("resnet18", ["layer1"], pre_trained=False, n_features=10)
     for foreign in (continual, padim):
@@ -144,7 +145,7 @@ def test_foreign_checkpoints_are_refused(make_data: Make, make_engine: Make, tmp
     ):
         with pytest.raises(ValueError, match=message):
             model.load_state_dict(other.state_dict())
-    assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
+    assert all(torch.equal(before[name], model.model.state_dict()[name]) for name in before)
     with pytest.raises(ValueError, match="The checkpoint is not of ContinualPatchCore"):
         continual.load_state_dict(model.state_dict())
 
