@@ -296,12 +296,13 @@ class EdgeDetector:
                 if progress is not None:
                     progress(number)
             report = bank.commit()
-            for name, own in recent.items():
-                one_shot = bool(self._bundle.metadata.get("one_shot"))
-                calibrate_from_views(bank, name, own, self._embed, one_shot)
             if recent:
                 self._check_capacity(bank)
-                self._knowledge = self._know(bank, self._bundle)
+                search = NearestNeighbors(bank.vectors)
+                one_shot = bool(self._bundle.metadata.get("one_shot"))
+                for name, own in recent.items():
+                    calibrate_from_views(bank, name, own, self._embed, search.search, one_shot)
+                self._knowledge = self._know(bank, self._bundle, search)
         return Learned(report, held_back)
 
     def _take(self, bank: MemoryBank, image: Array, patches: Array, variant: str | None, *, views: bool) -> str | None:
@@ -417,7 +418,7 @@ class EdgeDetector:
             raise ValueError(msg)
 
     @staticmethod
-    def _know(bank: MemoryBank, read: Bundle) -> _Knowledge:
+    def _know(bank: MemoryBank, read: Bundle, search: NearestNeighbors | None = None) -> _Knowledge:
         if not len(bank):
             msg = (
                 f"The memory bank of {read.folder} is empty, so nothing can be judged. Export a model that has learned."
@@ -433,7 +434,7 @@ class EdgeDetector:
             if not read.metadata.get("variant_thresholds", True):
                 rows[:] = np.nan
             values[kind] = np.where(np.isnan(rows), last, rows)
-        return _Knowledge(bank, list(bank.variants), bank.owners, values, NearestNeighbors(bank.vectors))
+        return _Knowledge(bank, list(bank.variants), bank.owners, values, search or NearestNeighbors(bank.vectors))
 
 
 def _search(patches: Array, knowledge: _Knowledge, name: str | None) -> tuple[Array, NDArray[np.int64]]:

@@ -395,8 +395,12 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
         def embed(views: NDArray[np.float32]) -> NDArray[np.float32]:
             return self.model.embed(torch.from_numpy(views).to(images[0])).cpu().numpy()
 
+        def search(patches: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            scores, index = self.model.nearest_neighbors(torch.from_numpy(patches).to(images[0].device))
+            return scores.cpu().numpy(), index.cpu().numpy()
+
         arrays = [image.float().cpu().numpy() for image in images]
-        calibrate_from_views(self.model.bank, variant, arrays, embed, self.one_shot)
+        calibrate_from_views(self.model.bank, variant, arrays, embed, search, self.one_shot)
 
     def on_validation_epoch_end(self) -> None:
         """Keep what sets the thresholds of the variants that were validated."""

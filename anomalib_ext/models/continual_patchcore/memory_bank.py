@@ -198,11 +198,11 @@ class MemoryBank:
             self.flush()
         if self._stream is None:
             self._stream = self._open_stream(variant, patches.shape[1])
-        novelty = self._stream.novelty(patches)
-        if novelty is not None:
+        novelty = self._stream.absorb(patches.astype(np.float32, copy=False))
+        if np.isfinite(novelty):
             self._stream.novelties.append(novelty)
-        patches = patches.astype(np.float32, copy=False)
-        self._stream.absorb(patches if views is None else np.concatenate([patches, views.astype(np.float32)]))
+        if views is not None:
+            self._stream.absorb(views.astype(np.float32, copy=False))
         self._stream.describe(*description(patches), images=1)
         if image_hash is not None:
             self._stream.hashes.append(image_hash)

@@ -901,8 +901,8 @@ def test_novelty_by_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = bank._stream
     assert stream is not None
     assert type(stream._index).__name__ == "IndexIVFFlat"
-    image = draw("curve", "a", 99, 700, 6)
-    assert stream.novelty(image) == pytest.approx(distances_between(image, stream.points).max(), rel=1e-4)
+    points, image = stream.points, draw("curve", "a", 99, 700, 6)
+    assert stream.absorb(image) == pytest.approx(distances_between(image, points).max(), rel=1e-4)
 
 
 @pytest.mark.parametrize("reach", [0.0, 1e-3, 50.0])
