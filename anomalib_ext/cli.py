@@ -9,14 +9,15 @@ def main() -> None:
     """Run a subcommand."""
     from jsonargparse import auto_cli
 
-    # Deprecations inside Anomalib and Lightning's hints do not concern the user of a stream.
+    # Deprecations inside Anomalib and Lightning's hints do not concern the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="lightning")
     try:
+        from anomalib_ext.finetune import finetune
         from anomalib_ext.stream import learn_stream
     except ImportError as error:
         msg = f"{error}. Learning with torch needs the extra: pip install 'anomalib-ext[train]'"
         raise SystemExit(msg) from error
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    auto_cli({"stream": learn_stream}, as_positional=False)
+    auto_cli({"stream": learn_stream, "finetune": finetune}, as_positional=False)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anomalib_ext.models.components.anomaly_map import anomaly_maps
 from anomalib_ext.models.components.k_center import single_threaded
-from anomalib_ext.models.continual_patchcore.anomaly_map import anomaly_maps
 from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank, Report
 from anomalib_ext.models.continual_patchcore.tables import graph_tables
 from anomalib_ext.models.continual_patchcore.views import (

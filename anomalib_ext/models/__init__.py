@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .continual_patchcore import ContinualPatchCore
+    from .sa_cfa_patchcore import SaCfaPatchCore
 
-_FOLDERS = {"ContinualPatchCore": "continual_patchcore"}
+_FOLDERS = {"ContinualPatchCore": "continual_patchcore", "SaCfaPatchCore": "sa_cfa_patchcore"}
 
-__all__ = ["ContinualPatchCore"]
+__all__ = ["ContinualPatchCore", "SaCfaPatchCore"]
 
 
 def __getattr__(name: str) -> object:

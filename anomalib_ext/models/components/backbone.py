@@ -21,11 +21,14 @@ from typing import Any
 import timm
 import torch
 from anomalib.models.components import TimmFeatureExtractor
+from anomalib.pre_processing import PreProcessor
 from huggingface_hub import constants, try_to_load_from_cache
+from safetensors import safe_open
 from timm.models import PretrainedCfg, load_state_dict, remap_state_dict
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import nn
+from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,23 @@ def load_backbone(
     return extractor
 
 
+def load_classifier(backbone: str, num_classes: int, weights: str | Path | None = None) -> nn.Module:
+    """Build a whole timm model with pretrained weights and a new head, all of which can be trained.
+
+    Args:
+        backbone: A timm model name, with or without a tag.
+        num_classes: Number of outputs of the head.
+        weights: As for :func:`load_backbone`.
+
+    Raises:
+        ValueError: If the backbone is unknown, or a weight file is unreadable or lacks a tensor.
+        FileNotFoundError: If the weights are nowhere to be found.
+    """
+    model = _load_pretrained(backbone, _pretrained_config(backbone), None, weights)
+    model.reset_classifier(num_classes)
+    return model
+
+
 def backbone_normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the channel mean and standard deviation with which ``backbone`` was trained.
 
@@ -84,6 +104,27 @@ def backbone_normalization(backbone: str) -> tuple[tuple[float, ...], tuple[floa
     """
     config = _pretrained_config(backbone)
     return tuple(config.mean), tuple(config.std)
+
+
+def backbone_pre_processor(backbone: str, image_size: tuple[int, int] | None = None) -> PreProcessor:
+    """Resize to a height and width, 256 each by default, and normalise as ``backbone`` was trained.
+
+    Raises:
+        ValueError: If the backbone is unknown.
+    """
+    mean, std = backbone_normalization(backbone)
+    return PreProcessor(
+        Compose([Resize(image_size or (256, 256), antialias=True), Normalize(mean=list(mean), std=list(std))]),
+    )
+
+
+def describe_origin(backbone: str) -> dict[str, str]:
+    """What weights of ``backbone`` depend on, for the metadata of their file; checked when that is loaded."""
+    config = _pretrained_config(backbone)
+    return {
+        "architecture": config.architecture or backbone,
+        "normalization": f"mean {tuple(config.mean)}, std {tuple(config.std)}",
+    }
 
 
 def _pretrained_config(backbone: str) -> PretrainedCfg:
@@ -122,8 +163,10 @@ def _is_vit(backbone: str) -> bool:
     return "vit" in backbone.lower()
 
 
-def _truncate(model: nn.Module, indices: Sequence[int]) -> None:
+def _truncate(model: nn.Module, indices: Sequence[int] | None) -> None:
     """Drop what lies after the last wanted layer, in the families whose own extractor keeps it."""
+    if indices is None:
+        return
     if isinstance(model, (EfficientNetFeatures, MobileNetV3Features)) and model.feature_hooks is None:
         model.blocks = model.blocks[: model.feature_info.info[max(indices)]["stage"]]
     elif hasattr(model, "prune_intermediate_layers"):
@@ -133,14 +176,18 @@ def _truncate(model: nn.Module, indices: Sequence[int]) -> None:
 def _load_pretrained(
     backbone: str,
     config: PretrainedCfg,
-    indices: Sequence[int],
+    indices: Sequence[int] | None,
     weights: str | Path | None,
 ) -> nn.Module:
-    """Build the timm model as ``TimmFeatureExtractor`` does, with weights from the first source that has them."""
+    """Build the timm model with weights from the first source that has them.
+
+    With ``indices`` it is a feature extractor as ``TimmFeatureExtractor`` makes it, without them all but the head.
+    """
     package = _PACKAGES.get(config.hf_hub_id or "", "")
     if weights is not None:
         path, source = Path(weights), f"the file {weights}"
         state = _read(path)
+        _check_origin(path, backbone)
     elif cached := _cached_file(config):
         path, source = cached, f"the Hugging Face cache ({cached})"
         state = _read(path)
@@ -172,14 +219,14 @@ def _load_pretrained(
     return model
 
 
-def _create(backbone: str, indices: Sequence[int], state: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+def _create(backbone: str, indices: Sequence[int] | None, state: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
     """Let timm build the model and load ``state``, or its own pretrained weights."""
-    kwargs: dict[str, Any] = (
+    kwargs: dict[str, Any] = {"features_only": True, "exportable": True, "out_indices": indices}
+    if indices is None or _is_vit(backbone):
         # not strict: the blocks and the head that will be cut off need no weights
-        {"dynamic_img_size": True, "num_classes": 0, "pretrained_strict": False}
-        if _is_vit(backbone)
-        else {"features_only": True, "exportable": True, "out_indices": list(indices)}
-    )
+        kwargs = {"num_classes": 0, "pretrained_strict": False}
+    if _is_vit(backbone):
+        kwargs["dynamic_img_size"] = True
     overlay = {"state_dict": state} if state else None
     with _without_head_warning():
         model = timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
@@ -203,7 +250,7 @@ def _without_head_warning() -> Generator[None, None, None]:
         builder.removeFilter(keep)
 
 
-def _missing(backbone: str, indices: Sequence[int], state: Mapping[str, torch.Tensor]) -> list[str]:
+def _missing(backbone: str, indices: Sequence[int] | None, state: Mapping[str, torch.Tensor]) -> list[str]:
     """Return the names of the tensors that loading ``state`` does not set.
 
     timm renames and reshapes tensors while it loads them, and is silent about those that a feature extractor lacks.
@@ -233,6 +280,24 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def _check_origin(path: Path, backbone: str) -> None:
+    """Refuse a file that says it is of another architecture, or was trained on images normalised in another way.
+
+    Only files with :func:`describe_origin` say so; of others, the tensors show whether they fit.
+    """
+    if path.suffix != ".safetensors":
+        return
+    with safe_open(path, framework="pt") as file:
+        origin = file.metadata() or {}
+    for key, own in describe_origin(backbone).items():
+        if origin.get(key, own) != own:
+            msg = (
+                f"{path} does not fit the backbone {backbone!r}: its {key} is {origin[key]}, that of the backbone "
+                f"{own}. Give the backbone that it was made from."
+            )
+            raise ValueError(msg)
+
+
 def _cached_file(config: PretrainedCfg) -> Path | None:
     """Return the weight file in the local Hugging Face cache, if it is there."""
     if not config.hf_hub_id:
@@ -251,7 +316,7 @@ def _packaged_file(package: str) -> Path | None:
     return next((path for folder in folders or () for path in Path(folder).glob("models/*.pth")), None)
 
 
-def _download(backbone: str, config: PretrainedCfg, indices: Sequence[int]) -> nn.Module:
+def _download(backbone: str, config: PretrainedCfg, indices: Sequence[int] | None) -> nn.Module:
     """Let timm fetch the weights from where it keeps them."""
     if not config.has_weights:
         msg = f"timm has no pretrained weights for {backbone!r}: give weights=PATH or pre_trained=False."

@@ -6,7 +6,6 @@ available; the update rule, the thresholds by variant and the one-shot views are
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,6 @@ from anomalib import LearningType, TaskType
 from anomalib.data import AnomalibDataModule, Batch, ImageBatch, InferenceBatch
 from anomalib.data.utils import read_image
 from anomalib.deploy import CompressionType
-from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -27,13 +25,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from numpy.typing import NDArray
-from PIL import Image
 from torch import nn
 from torchmetrics import Metric
-from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_ext.export import export_bundle
-from anomalib_ext.models.components.backbone import backbone_normalization
+from anomalib_ext.models.components.backbone import backbone_pre_processor
+from anomalib_ext.models.components.training import SMALLEST_SIDE, UnreadableImages, check_files, prepare_fit
 
 from .graph import bundle_of
 from .memory_bank import Report, Variant
@@ -42,9 +39,6 @@ from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
 from .views import FEW_IMAGES, are_few, calibrate_from_views
 
 logger = logging.getLogger(__name__)
-
-# An image with a shorter side than this holds no surface to judge.
-SMALLEST_SIDE = 16
 
 
 class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of Lightning and Anomalib
@@ -146,10 +140,7 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
             image_size: Height and width, 256 each by default.
             backbone: Name of a timm model.
         """
-        mean, std = backbone_normalization(backbone)
-        return PreProcessor(
-            Compose([Resize(image_size or (256, 256), antialias=True), Normalize(mean=list(mean), std=list(std))]),
-        )
+        return backbone_pre_processor(backbone, image_size)
 
     @staticmethod
     def configure_post_processor() -> PostProcessor:
@@ -279,15 +270,7 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
     def setup(self, stage: str) -> None:
         """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
         if stage == TrainerFn.FITTING:
-            # A finished epoch of an earlier fit would let the trainer stop before the first batch.
-            self.trainer.fit_loop.epoch_progress.reset()
-            plugin = self.trainer.strategy.checkpoint_io
-            if type(plugin) is AnomalibCheckpointIO:
-                self.trainer.strategy.checkpoint_io = AtomicCheckpointIO(plugin.extra_safe_globals)
-            datamodule = getattr(self.trainer, "datamodule", None)
-            if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
-                # With `val_split_mode=none`, Anomalib's own method fails instead of saying that there is nothing.
-                setattr(datamodule, "val_dataloader", lambda: [])  # noqa: B010, PIE807  # Lightning wants a function
+            prepare_fit(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Begin to learn."""
@@ -298,7 +281,7 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
         """Learn a batch of normal images."""
         del args, kwargs
         assert batch.image is not None
-        _check_files(batch.image_path)
+        check_files(batch.image_path)
         self._waiting.append(batch.image)
         # Once there are many, images need not wait any longer.
         self._few = self._few and self._are_few(sum(map(len, self._waiting)), self._variant_label)
@@ -455,7 +438,7 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
 
     def _judge(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Write what the model says into the batch, and return the patch embeddings and their scores."""
-        _check_files(getattr(batch, "image_path", None))
+        check_files(getattr(batch, "image_path", None))
         images = cast("torch.Tensor", batch.image)
         embedding = self.model.embed(images)
         scores, locations = self.model.search(embedding)
@@ -517,91 +500,14 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
         self.model.read_bank(state_dict["model._extra_state"])
 
 
-class _AfterException(Callback):
+class _AfterException(UnreadableImages):
     """After a fit that failed, what was known before remains; and unreadable images are named, if those were why."""
 
-    def on_exception(  # noqa: PLR6301  # Lightning's hook
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        exception: BaseException,
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo and explain."""
         if trainer.state.fn == TrainerFn.FITTING and isinstance(pl_module, ContinualPatchCore):
             pl_module._undo()  # noqa: SLF001  # its own module
-        # Pillow's error for a truncated image does not say which one it is; those of the system have a number.
-        if isinstance(exception, SyntaxError) or (isinstance(exception, OSError) and exception.errno is None):
-            for path in _unreadable_images(trainer):
-                logger.error("%s cannot be read as an image; repair or remove it.", path)
-
-
-class AtomicCheckpointIO(AnomalibCheckpointIO):
-    """Writes a checkpoint beside the old one, syncs it and renames it over: a kill leaves one of the two whole."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
-        """Save as Lightning does, then replace ``path`` at once."""
-        if storage_options is not None or "://" in str(path):  # a remote file has no directory to rename in
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.tmp")  # always the same, so that the next save removes a killed one's
-        try:
-            with beside.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-        if os.name == "posix":  # elsewhere a directory cannot be synced
-            directory = os.open(path.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-
-
-def _check_files(paths: Sequence[str] | None) -> None:
-    """Refuse image files that Anomalib would read as something else than what they show."""
-    for path in paths or ():
-        try:
-            with Image.open(path) as image:
-                width, height, mode = *image.size, image.mode
-        except OSError:  # whoever reads the pixels says so, or needs no such file
-            continue
-        if min(width, height) < SMALLEST_SIDE:
-            msg = f"{path} has {width} x {height} pixels; at least {SMALLEST_SIDE} each way are needed to judge it."
-            raise ValueError(msg)
-        if mode.startswith(("I", "F")):
-            msg = (
-                f"{path} has pixels of mode {mode!r} (more than 8 bits). They would be clipped to 8 bits: "
-                "convert the image to 8 bits first, in the same way for learning and for judging."
-            )
-            raise ValueError(msg)
-
-
-def _unreadable_images(trainer: Trainer) -> list[str]:
-    """Image files of the trainer's datasets that cannot be decoded."""
-    paths: list[str] = []
-    for loaders in (
-        trainer.train_dataloader,
-        trainer.val_dataloaders,
-        trainer.test_dataloaders,
-        trainer.predict_dataloaders,
-    ):
-        for loader in loaders if isinstance(loaders, list) else [loaders]:
-            dataset = getattr(loader, "dataset", None)
-            samples = getattr(dataset, "samples", None)
-            paths.extend(getattr(dataset, "image_filenames", []) if samples is None else samples.image_path)
-    return [str(path) for path in paths if not _is_readable(path)]
-
-
-def _is_readable(path: str | Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError):
-        return False
-    return True
+        super().on_exception(trainer, pl_module, exception)
 
 
 def _checked(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[torch.Tensor] | list[str | Path]:
@@ -631,7 +537,7 @@ def _checked(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[t
 
 
 def _read(path: str | Path) -> torch.Tensor:
-    _check_files([str(path)])
+    check_files([str(path)])
     try:
         return read_image(path, as_tensor=True)
     except (OSError, SyntaxError) as error:  # Pillow's errors for unreadable images

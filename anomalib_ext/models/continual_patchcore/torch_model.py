@@ -11,9 +11,9 @@ import torch
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from torch import nn
 
+from anomalib_ext.models.components import patchcore
 from anomalib_ext.models.components.backbone import load_backbone
 
-from .anomaly_map import map_matrix
 from .memory_bank import CALIBRATION_PATCHES, MemoryBank
 from .tables import bank_tables, variant_capacity
 from .views import NUM_VIEWS, augmented_views, image_hash
@@ -106,17 +106,7 @@ class ContinualPatchCoreModel(nn.Module):
                 "partial_fit), or load a checkpoint (--ckpt_path)."
             )
             raise RuntimeError(msg)
-        patches = embedding.flatten(1, 2)
-        if torch.compiler.is_compiling():  # for export: one product, the batch dimension stays open
-            return self.nearest_neighbors(patches)
-        # One image at a time, or the distances of a batch take gigabytes.
-        found = [self.nearest_neighbors(image) for image in patches]
-        scores, locations = (torch.stack(part) for part in zip(*found, strict=True))
-        if not torch.isfinite(scores).all():
-            bad = (~torch.isfinite(scores).all(dim=1)).nonzero().flatten().tolist()
-            msg = f"Images {bad} of the batch give scores that are not finite; look for NaN in them or the weights."
-            raise ValueError(msg)
-        return scores, locations
+        return patchcore.search(embedding.flatten(1, 2), self.memory_bank, self.squares)
 
     def judge(
         self,
@@ -142,28 +132,17 @@ class ContinualPatchCoreModel(nn.Module):
             variants = variant_capacity(variants)
         votes = self.owners[locations].unsqueeze(-1) == torch.arange(variants, device=scores.device)
         return ContinualInferenceBatch(
-            pred_score=self.image_score(scores, locations, embedding.flatten(1, 2)),
-            anomaly_map=_anomaly_maps(scores.reshape(batch, 1, height, width), size),
+            pred_score=patchcore.image_score(
+                scores,
+                locations,
+                embedding.flatten(1, 2),
+                self.memory_bank,
+                self.squares,
+                min(self.num_neighbors, len(self.bank)),
+            ),
+            anomaly_map=patchcore.anomaly_maps(scores.reshape(batch, 1, height, width), size),
             variant=votes.sum(dim=1).argmax(dim=-1),
         )
-
-    def image_score(self, scores: torch.Tensor, locations: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """PatchCore's image score, of shape ``(B,)``: the largest patch distance, weighed by its neighborhood.
-
-        Args:
-            scores: Distance of each patch to its nearest vector, shape ``(B, n)``.
-            locations: Index of that vector, shape ``(B, n)``.
-            patches: Patch embeddings, shape ``(B, n, d)``.
-        """
-        largest, position = scores.max(dim=1, keepdim=True)
-        neighbors = min(self.num_neighbors, len(self.bank))
-        if neighbors == 1:
-            return largest.squeeze(1)
-        bank = self.memory_bank.float()
-        patch = patches.gather(1, position.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-        _, support = self.nearest_neighbors(bank[locations.gather(1, position)], neighbors)
-        distances = torch.linalg.vector_norm(patch.unsqueeze(2) - bank[support], dim=-1)
-        return (largest * (1 - distances.softmax(dim=-1)[..., 0])).squeeze(1)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings of shape ``(B, h, w, d)``, in float32, for images of shape ``(B, 3, H, W)``."""
@@ -181,19 +160,7 @@ class ContinualPatchCoreModel(nn.Module):
 
     def nearest_neighbors(self, embedding: torch.Tensor, n_neighbors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances to the nearest vectors and their indices, each ``(..., n_neighbors)``, squeezed for one."""
-        bank = self.memory_bank.float()
-        with torch.autocast(embedding.device.type, enabled=False):  # the nearest are too close for half precision
-            # The square of the query is the same for all vectors; unused vectors have an infinite square.
-            if embedding.ndim == 2:
-                ranking = torch.addmm(self.squares, embedding, bank.T, alpha=-2)  # one pass over the products
-            else:
-                ranking = self.squares - 2 * (embedding @ bank.T)
-        if n_neighbors == 1:
-            index = ranking.argmin(dim=-1)
-            # Taken directly, the distance does not suffer from the difference of large squares.
-            return torch.linalg.vector_norm(embedding - bank[index], dim=-1), index
-        index = ranking.topk(min(n_neighbors, len(self.bank)), dim=-1, largest=False).indices
-        return torch.linalg.vector_norm(embedding.unsqueeze(-2) - bank[index], dim=-1), index
+        return patchcore.nearest_neighbors(embedding, self.memory_bank, self.squares, min(n_neighbors, len(self.bank)))
 
     @torch.no_grad()
     def learn(self, images: torch.Tensor, variant: str | None, augment: bool = False) -> list[str | None]:
@@ -277,16 +244,3 @@ class ContinualPatchCoreModel(nn.Module):
                 raise ValueError(msg)
         arrays = {name: tensor.cpu().numpy() for name, tensor in state["tensors"].items()}
         return MemoryBank.from_arrays(arrays, state["plain"])
-
-
-def _anomaly_maps(scores: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Anomaly maps of shape ``(B, 1, H, W)`` from patch scores of shape ``(B, 1, h, w)``."""
-    if not all(isinstance(side, int) for side in (*scores.shape[2:], *size)):  # symbols, while a model is exported
-        msg = "An anomaly map needs images of known size: give input_size, or a pre-processor that resizes."
-        raise ValueError(msg)
-    rows, columns = (
-        torch.from_numpy(map_matrix(patches, pixels)).to(scores.device)
-        for patches, pixels in zip(scores.shape[2:], size, strict=True)
-    )
-    with torch.autocast(scores.device.type, enabled=False):
-        return rows @ scores @ columns.T

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from .anomaly_map import anomaly_maps
+from anomalib_ext.models.components.anomaly_map import anomaly_maps
+
 from .memory_bank import CALIBRATION_PATCHES, MemoryBank
 
 if TYPE_CHECKING:

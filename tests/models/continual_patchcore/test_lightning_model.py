@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder, ImageBatch, PredictDataset
+from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models import Patchcore
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch.loggers import CSVLogger
@@ -26,8 +27,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from anomalib_ext.data import PhotoVariants
 from anomalib_ext.models import ContinualPatchCore
+from anomalib_ext.models.components.training import AtomicCheckpointIO
 from anomalib_ext.models.continual_patchcore import lightning_model
-from anomalib_ext.models.continual_patchcore.lightning_model import AtomicCheckpointIO
 
 Make = Callable[..., Any]
 
@@ -720,7 +721,7 @@ def test_a_full_disk_leaves_the_old_file(
 KILLED = """
 import sys
 import torch
-from anomalib_ext.models.continual_patchcore.lightning_model import AtomicCheckpointIO
+from anomalib_ext.models.components.training import AtomicCheckpointIO
 
 for i in range(100_000):
     AtomicCheckpointIO().save_checkpoint({"tensor": torch.full((500_000,), float(i))}, sys.argv[1])
@@ -748,7 +749,7 @@ def test_a_kill_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
 def test_other_checkpoint_plugins_are_left_alone(model: ContinualPatchCore, make_data: Make, make_engine: Make) -> None:
     """A user's own way of saving is not replaced."""
 
-    class Mine(lightning_model.AnomalibCheckpointIO):
+    class Mine(AnomalibCheckpointIO):
         pass
 
     engine = make_engine(plugins=[Mine()])

@@ -4,8 +4,8 @@
 import numpy as np
 import pytest
 
+from anomalib_ext.models.components.anomaly_map import anomaly_maps
 from anomalib_ext.models.components.k_center import nearest
-from anomalib_ext.models.continual_patchcore.anomaly_map import anomaly_maps
 from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
 from anomalib_ext.models.continual_patchcore.views import augmented_views, calibrate_from_views, image_hash
 

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of exported models: the same scores, maps and decisions as in torch, for one image and for any batch."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
+
+from anomalib_ext.models import SaCfaPatchCore
+from openvino_export import EdgeDetector
+from openvino_export.bundle import BundleError
+
+Make = Callable[..., Any]
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+@pytest.fixture(scope="module")
+def model(make_data: Make, tmp_path_factory: pytest.TempPathFactory) -> SaCfaPatchCore:
+    """Return a model of stripes with thresholds."""
+    from anomalib.engine import Engine
+
+    model = SaCfaPatchCore(
+        "tf_efficientnet_lite0",
+        ["blocks.1", "blocks.2"],
+        coreset_sampling_ratio=0.05,
+        pre_processor=SaCfaPatchCore.configure_pre_processor((64, 64), "tf_efficientnet_lite0"),
+        visualizer=False,
+    )
+    engine = Engine(default_root_dir=tmp_path_factory.mktemp("fit"), accelerator="cpu", enable_progress_bar=False)
+    engine.fit(model, datamodule=make_data("stripes"))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def images(make_data: Make) -> torch.Tensor:
+    """Return good and bad images."""
+    data = make_data("stripes")
+    data.setup()
+    items = list(data.test_data)
+    return torch.stack([item.image for item in [*items[:3], *items[-3:]]])
+
+
+@pytest.fixture(scope="module")
+def expected(model: SaCfaPatchCore, images: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return what torch says."""
+    with torch.no_grad():
+        result = {name: value.numpy() for name, value in model(images)._asdict().items()}
+    assert set(result["pred_label"].flatten().tolist()) == {False, True}
+    return result
+
+
+def assert_same(path: Path, images: torch.Tensor, expected: dict[str, np.ndarray], tolerance: float = 1e-3) -> None:
+    """Compare a file in OpenVINO's runtime, for all images and for each alone."""
+    compiled = ov.Core().compile_model(path, "CPU", EXACT)
+    for part in (slice(None), *(slice(i, i + 1) for i in range(len(images)))):
+        result = {next(iter(output.names)): value for output, value in compiled(images[part].numpy()).items()}
+        assert set(result) == set(expected)
+        for name, value in expected.items():
+            if name == "pred_label":  # an image that set the threshold lies on it
+                clear = np.abs(expected["pred_score"][part] - 0.5) > 1e-3
+                assert np.array_equal(result[name][clear], value[part][clear])
+            elif value.dtype == bool:
+                assert (result[name] != value[part]).mean() < 1e-3, name
+            else:
+                assert np.abs(result[name] - value[part]).max() < tolerance, name
+
+
+def test_onnx(
+    model: SaCfaPatchCore,
+    images: torch.Tensor,
+    expected: dict[str, np.ndarray],
+    make_engine: Make,
+    tmp_path: Path,
+) -> None:
+    """The file gives the same."""
+    assert_same(make_engine().export(model, ExportType.ONNX, export_root=tmp_path), images, expected)
+
+
+def test_openvino(
+    model: SaCfaPatchCore,
+    images: torch.Tensor,
+    expected: dict[str, np.ndarray],
+    products: Path,
+    make_engine: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So does the folder, which says what it is; Anomalib's inferencer takes it, the one that learns refuses it."""
+    path = make_engine().export(model, ExportType.OPENVINO, export_root=tmp_path)
+    assert_same(path, images, expected)
+    metadata = json.loads((path.parent / "metadata.json").read_text())
+    assert metadata["model"] == "SaCfaPatchCore"
+    assert metadata["layers"] == ["blocks.1", "blocks.2"]
+    assert {file.name for file in path.parent.iterdir()} >= {"model.xml", "model.bin", "metadata.json"}
+    assert not (path.parent / "bank.safetensors").exists()
+    monkeypatch.chdir(tmp_path)  # the inferencer caches in the working folder
+    result = OpenVINOInferencer(path, "CPU", EXACT).predict(products / "stripes/test/hole/000.png")
+    assert result.pred_label.item()
+    with pytest.raises(BundleError):
+        EdgeDetector(path.parent)
+
+
+def test_half_precision(
+    model: SaCfaPatchCore,
+    images: torch.Tensor,
+    expected: dict[str, np.ndarray],
+    make_engine: Make,
+    tmp_path: Path,
+) -> None:
+    """It keeps the decisions."""
+    path = make_engine().export(
+        model,
+        ExportType.OPENVINO,
+        export_root=tmp_path,
+        compression_type=CompressionType.FP16,
+    )
+    compiled = ov.Core().compile_model(path, "CPU", EXACT)
+    clear = np.abs(expected["pred_score"] - 0.5) > 0.01
+    assert clear.any()
+    assert np.array_equal(compiled(images.numpy())["pred_label"][clear], expected["pred_label"][clear])
+
+
+def test_torch(
+    model: SaCfaPatchCore,
+    images: torch.Tensor,
+    expected: dict[str, np.ndarray],
+    make_engine: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Anomalib's inferencer loads the file, if told to trust it."""
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    path = make_engine().export(model, ExportType.TORCH, export_root=tmp_path)
+    result = TorchInferencer(path, "cpu").predict(images[-1])
+    assert result.pred_score.numpy() == pytest.approx(expected["pred_score"][-1:], abs=1e-5)
+
+
+def test_a_folder_needs_something_learned(make_engine: Make, tmp_path: Path) -> None:
+    """An empty model is not exported, nor under another name."""
+    empty = SaCfaPatchCore("test_resnet", ["layer1", "layer2"], pre_trained=False)
+    with pytest.raises(RuntimeError, match="The memory bank is empty"):
+        make_engine().export(empty, ExportType.OPENVINO, export_root=tmp_path)
+    with pytest.raises(ValueError, match=r"holds its graph in model\.xml, not in other\.xml"):
+        empty.to_openvino(tmp_path, model_file_name="other")
+    assert not list(tmp_path.rglob("model.xml"))
