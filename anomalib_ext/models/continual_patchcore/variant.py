@@ -212,7 +212,8 @@ class VariantStream:
         keep = min(size, len(chosen))
         if len(points) > keep:
             # The rest lies within the radius of the first point too many, or within `stop`, or repeats a point.
-            self.resolution = max(self.resolution, float(radii[keep]) if keep < len(radii) else stop)
+            # As float32, in which distances are compared with it.
+            self.resolution = max(self.resolution, float(radii[keep] if keep < len(radii) else np.float32(stop)))
             covers = _covers_after_cut(points, covers, radii, keep, self.resolution)
             points, radii = points[:keep].copy(), radii[:keep].copy()
         self.points, self.radii, self.covers = points, radii, covers
