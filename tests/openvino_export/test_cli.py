@@ -173,7 +173,7 @@ def test_a_model_without_a_bank(run: Any, without_bank: Path, products: Path, tm
     assert (code, lines[0]["same"], lines[0]["largest_difference_of_pred_score"]) == (0, True, 0)
     code, lines, _ = run("benchmark", without_bank, "--devices", '["CPU"]', "--seconds", "0.1")
     assert (code, len(lines)) == (0, 1)
-    code, lines, _ = run("watch", without_bank, images, "--idle", "0.3", "--interval", "0.05")
+    code, lines, _ = run("watch", without_bank, images, "--idle", "2", "--interval", "0.05")
     assert len(lines) == 6
     for command, message in ((["learn", images], "no memory bank"), (["undo"], "no previous state")):
         code, _, errors = run(command[0], without_bank, *command[1:])
