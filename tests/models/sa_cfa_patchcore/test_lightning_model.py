@@ -134,7 +134,7 @@ def test_foreign_checkpoints_are_refused(make_data: Make, make_engine: Make, tmp
     model = new_model()
     before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     continual = ContinualPatchCore(pre_trained=False, visualizer=False)
-    padim = Padim("resnet18", ["layer1"], pre_trained=False)
+    padim = Padim("resnet18", ["layer1"], pre_trained=False, n_features=10)
     for foreign in (continual, padim):
         with pytest.raises(ValueError, match=r"The checkpoint is not of SaCfaPatchCore. It has \d+ tensors, such as"):
             model.load_state_dict(foreign.state_dict())
