@@ -60,7 +60,7 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
         one_shot: Whether a variant of at most 16 images is learned with augmented views of them. Images without a
             name are counted by call.
         variant: Name of the variant that is learned. By default it is the category or the name of the datamodule,
-            and found from the images where there is none.
+            and found from the images where there is none. ``load_from_checkpoint`` brings back the one that was given.
         precision: ``float32`` or ``float16``, in which the memory bank is kept.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
