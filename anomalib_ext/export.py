@@ -96,7 +96,8 @@ def export_bundle(
         export_root: Folder of exports.
         input_size: Height and width of the images; those of the pre-processor if not given.
         compression_type: `FP16` halves the bytes of the backbone's weights. `INT8_PTQ` and `INT8_ACQ` quantise the
-            backbone, `INT8` its weights alone. What follows the embedding stays as it is.
+            backbone except for its most sensitive layers, `INT8` its weights alone. What follows the embedding stays
+            as it is.
         datamodule: Its normal training images calibrate the quantisation; with its test images, compressed and
             uncompressed model are compared. Needed for `INT8_PTQ` and `INT8_ACQ`.
         max_drop: Largest loss of image AUROC or F1 by compression.
@@ -281,14 +282,30 @@ def _compressed(model: "ov.Model", compression: CompressionType, images: list[ND
     if compression is CompressionType.INT8:
         return nncf.compress_weights(model.clone(), mode=nncf.CompressWeightsMode.INT8_SYM)
     # What pools and joins the layers is cheap, and would press all layers into the range of the largest.
-    tail = nncf.IgnoredScope(types=["AvgPool", "Interpolate", "Concat"], validate=False)
+    kept = nncf.IgnoredScope(names=_sensitive(model), types=["AvgPool", "Interpolate", "Concat"], validate=False)
     return nncf.quantize(
         model,
         nncf.Dataset(images),
         preset=nncf.QuantizationPreset.MIXED,  # closer to the embedding in float32 than the default
         subset_size=len(images),
-        ignored_scope=tail,
+        ignored_scope=kept,
     )
+
+
+def _sensitive(model: "ov.Model") -> list[str]:
+    """Names of the convolutions that stay in float: the first one and the depthwise ones.
+
+    They have few weights for each output, so that their rounding does not average out. Alone, the first two layers of
+    tf_efficientnet_lite0 move the embedding by 16 and 26 %, each of the next ten by 1 to 4 %.
+    """
+    convolutions = [node for node in model.get_ordered_ops() if node.get_type_name().endswith("Convolution")]
+    # Weights of groups have the shape (groups, outputs of each, inputs of each, height, width).
+    depthwise = [
+        node
+        for node in convolutions
+        if node.get_type_name() == "GroupConvolution" and node.input(1).get_partial_shape().to_shape()[1:3] == [1, 1]
+    ]
+    return [node.get_friendly_name() for node in [*convolutions[:1], *depthwise]]
 
 
 def _halved(model: "ov.Model") -> "ov.Model":

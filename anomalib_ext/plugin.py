@@ -131,7 +131,7 @@ def _add(entry: "EntryPoint", ended: str) -> None:
         return
     try:
         _set(models, entry)
-    except Exception as error:  # ruff: ignore[blind-except]  # whatever a plugin does wrong, all else must go on
+    except (Exception, SystemExit) as error:  # ruff: ignore[blind-except]  # whatever a plugin does wrong, all else must go on
         # A model that imports, say, `anomalib.engine` fails while that is what imports `anomalib.models`,
         # and so does one whose own package is. So try again each time that an import under way has ended.
         spec = _innermost_import(ended)
@@ -153,6 +153,9 @@ def _innermost_import(ended: str) -> ModuleSpec | None:
 def _set(models: ModuleType, entry: "EntryPoint") -> None:
     """Import a model's class and set it in ``anomalib.models``, or raise what is wrong with it."""
     name = entry.name
+    if not entry.pattern.match(entry.value):
+        msg = f"{entry.value!r} is not of the form 'module:Class'"
+        raise ValueError(msg)
     if entry.attr != name:
         msg = f"the entry point must be named as its class, not {name!r}"
         raise ValueError(msg)
@@ -169,8 +172,8 @@ def _set(models: ModuleType, entry: "EntryPoint") -> None:
     models.__all__.append(name)
 
 
-def _warn(entry: "EntryPoint", error: Exception) -> None:
-    plugin = entry.dist.name if entry.dist else "unknown"
+def _warn(entry: "EntryPoint", error: BaseException) -> None:
+    plugin = (entry.dist and entry.dist.name) or "unknown"
     msg = (
         f"Anomalib goes on without the model {entry.name!r} ({entry.value!r}) of the distribution {plugin!r}. "
         f"{type(error).__name__}: {error}. Repair, update or uninstall {plugin!r}."

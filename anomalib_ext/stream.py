@@ -28,7 +28,8 @@ def learn_stream(
     ``results_dir/<model>``, and the measured values to ``results_dir/results.csv``, written anew after every step.
 
     Args:
-        model: Model whose ``fit`` adds to what it knows, such as ``ContinualPatchCore``.
+        model: Model whose ``fit`` adds to what it knows, such as ``ContinualPatchCore``. Its visualizer is replaced
+            by one for the pictures of the last step.
         variants: A datamodule for each variant, in the order in which they arrive.
         results_dir: Folder for the results.
         seed: Seed of all random numbers.

@@ -23,13 +23,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator, Mapping
+    from collections.abc import Callable, Collection, Generator, Mapping
 
     from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
 METADATA = "metadata.json"
 BANK = "bank.safetensors"
+FEATURES = ("features.xml", "features.bin")
+WHOLE = ("model.xml", "model.bin")
 # The constants of model.xml that learning changes.
 CONSTANTS = ("bank.vectors", "bank.squares", "bank.owners", "bank.image_values", "bank.pixel_values")
 
@@ -78,12 +80,21 @@ class Constant:
     shape: tuple[int, ...]
 
 
-def read(folder: str | Path, keep: Collection[str] = ()) -> Bundle:
+def running(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Files that :class:`EdgeDetector` runs: features and bank, or the whole graph of a model without a bank."""
+    return (*FEATURES, BANK) if BANK in metadata["files"] else WHOLE
+
+
+def read(
+    folder: str | Path,
+    keep: Collection[str] | Callable[[Mapping[str, Any]], Collection[str]] = (),
+) -> Bundle:
     """Read and verify a bundle, finishing an update that was interrupted.
 
     Args:
         folder: The bundle's folder.
-        keep: Names of files whose content is returned; all files are verified.
+        keep: Names of files whose content is returned, or a function that gives them for the content of
+            `metadata.json`; all files are verified.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -143,9 +154,10 @@ def _open(folder: Path, name: str) -> bytes:
     raise BundleError(msg)
 
 
-def _read_once(folder: Path, keep: Collection[str]) -> Bundle:
+def _read_once(folder: Path, keep: Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]) -> Bundle:
     text = _open(folder, METADATA)
     metadata = _parse(folder, text)
+    keep = keep(metadata) if callable(keep) else keep
     contents = {}
     for name, entry in metadata["files"].items():
         _refuse_outside(folder, name)

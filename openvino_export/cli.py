@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -194,7 +195,7 @@ def parity(bundle: str, source: str, reference: str | None = None, tolerance: fl
     from .images import load, resize
 
     detector = EdgeDetector(bundle, device)
-    judge = _reference(Path(reference or Path(bundle) / "model.xml"))
+    judge = _reference(Path(reference or Path(bundle) / "model.xml"), detector.info()["model"])
     paths = _paths(Path(source))
     worst, labels = {"pred_score": 0.0, "anomaly_map": 0.0}, 0
     with _progress("compared", len(paths)) as done:
@@ -267,17 +268,19 @@ def watch(
     return ANOMALOUS if anomalous else GOOD
 
 
-def _reference(path: Path) -> Callable[[NDArray[np.float32]], dict[str, Any]]:
-    """What judges an image `(1, 3, H, W)` in [0, 1] with another form of the model."""
+def _reference(path: Path, name: str) -> Callable[[NDArray[np.float32]], dict[str, Any]]:
+    """What judges an image `(1, 3, H, W)` in [0, 1] with another form of the model of this name."""
     if path.suffix == ".ckpt":
         try:
             import torch
-
-            from anomalib_ext.models import ContinualPatchCore
+            from anomalib import models
         except ImportError as error:
             msg = f"To compare with {path}, torch is needed: pip install 'anomalib-ext[train]' ({error})."
             raise ValueError(msg) from error
-        model = ContinualPatchCore.load_from_checkpoint(path, map_location="cpu", pre_trained=False).eval()
+        kind = getattr(models, name)
+        # The checkpoint has the weights, so that they need not be found once more.
+        known = {"pre_trained": False} if "pre_trained" in signature(kind).parameters else {}
+        model = kind.load_from_checkpoint(path, map_location="cpu", **known).eval()
 
         def in_torch(image: NDArray[np.float32]) -> dict[str, Any]:
             with torch.no_grad():

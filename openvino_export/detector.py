@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
+    Outputs = dict[str, NDArray[Any]]
     Source = str | Path | NDArray[Any]
 
 # An image that is said to be good is suspicious if it scores so many times the threshold of its variant.
@@ -93,8 +94,8 @@ class _Knowledge:
 class EdgeDetector:
     """Judges images, and learns new ones, with the bundle that ``Engine.export(model, "openvino")`` has written.
 
-    All methods may be called from several threads at once. While :meth:`learn` is at work, images are judged by what
-    was known before.
+    A bundle without a memory bank is judged by its ``model.xml`` and learns nothing. All methods may be called from
+    several threads at once. While :meth:`learn` is at work, images are judged by what was known before.
 
     Args:
         bundle: Folder of the bundle.
@@ -104,7 +105,7 @@ class EdgeDetector:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        BundleError: If it is no bundle of a model that learns, or damaged, or of a newer version.
+        BundleError: If it is no bundle, or damaged, or of a newer version.
         ValueError: If there is no such device.
 
     Example:
@@ -117,23 +118,16 @@ class EdgeDetector:
 
     def __init__(self, bundle: str | Path, device: str = "CPU", precision: str | None = None) -> None:
         self.device = device
-        read = bundles.read(bundle, ("features.xml", "features.bin", BANK))
+        read = bundles.read(bundle, bundles.running)
         metadata = read.metadata
         height, width = metadata["input_size"]
         self.input_size = (int(height), int(width))
         self.precision = precision or str(metadata.get("precision_hint", "f32"))
         self._mean = np.array(metadata["mean"], np.float32).reshape(3, 1, 1)
         self._std = np.array(metadata["std"], np.float32).reshape(3, 1, 1)
-        self._model = _Features(read, self.input_size, device, self.precision)
+        self._model = _Network(read, self.input_size, device, self.precision)
         self._bundle = read
-        bank = _bank(read)
-        if len(bank) and bank.vectors.shape[1] != self._model.dimension:
-            msg = (
-                f"{BANK} of {read.folder} holds vectors of {bank.vectors.shape[1]} numbers, the model gives "
-                f"{self._model.dimension}: it is of another backbone or other layers. Copy the whole folder again."
-            )
-            raise BundleError(msg)
-        self._knowledge = self._saved = self._know(bank, read)
+        self._knowledge = self._saved = self._know(_bank(read), read) if BANK in read.contents else None
         self._changing = threading.RLock()
 
     # Judging
@@ -155,7 +149,7 @@ class EdgeDetector:
         if not isinstance(images, (str, Path, np.ndarray)):
             return [self.predict(image) for image in images]
         image = resize(load(images), self.input_size)
-        return self._judge(self._model(image), self._knowledge, _source(images))
+        return self._judge(self._model(image), _source(images))
 
     def predict_async(self, image: Source) -> Future[Prediction]:
         """Judge an image while the caller goes on; waits only while all of OpenVINO's requests are busy.
@@ -173,9 +167,9 @@ class EdgeDetector:
             future.set_exception(error)
             return future
 
-        def judge(embedding: Array) -> None:
+        def judge(outputs: Outputs) -> None:
             try:
-                future.set_result(self._judge(embedding, self._knowledge, _source(image)))
+                future.set_result(self._judge(outputs, _source(image)))
             except Exception as error:  # noqa: BLE001  # belongs to whoever asks for the result
                 future.set_exception(error)
 
@@ -199,7 +193,21 @@ class EdgeDetector:
         for future in waiting:
             yield future.result()
 
-    def _judge(self, embedding: Array, knowledge: _Knowledge, source: str | None) -> Prediction:
+    def _judge(self, outputs: Outputs, source: str | None) -> Prediction:
+        """What is said about an image, by the outputs of the graph that runs here."""
+        if self._knowledge is not None:
+            return self._judge_embedding(outputs["embedding"], self._knowledge, source)
+        label, mask = outputs.get("pred_label"), outputs.get("pred_mask")
+        return Prediction(
+            pred_score=float(outputs["pred_score"].item()),
+            pred_label=None if label is None else bool(label.item()),
+            anomaly_map=outputs["anomaly_map"].reshape(self.input_size),
+            pred_mask=None if mask is None else mask.reshape(self.input_size).astype(bool),
+            variant=None,
+            source=source,
+        )
+
+    def _judge_embedding(self, embedding: Array, knowledge: _Knowledge, source: str | None) -> Prediction:
         """Search and post-processing, equal to that of `model.xml`.
 
         Args:
@@ -268,15 +276,15 @@ class EdgeDetector:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If an image is unreadable, too small, of unsuitable depth or not finite, if there are none, or
-                if there is no room for another variant.
+            ValueError: If an image is unreadable, too small, of unsuitable depth or not finite, if there are none, if
+                there is no room for another variant, or if the bundle has no memory bank.
         """
         items: list[Source] = [images] if isinstance(images, (str, Path, np.ndarray)) else list(images)
         if not items:
             msg = "There are no images to learn."
             raise ValueError(msg)
         with self._changing, single_threaded():
-            before = self._knowledge
+            before = self._known()
             bank = copy.deepcopy(before.bank)
             few = bool(self._bundle.metadata.get("one_shot")) and are_few(bank, variant, len(items))
             recent: dict[str, list[Array]] = defaultdict(list)
@@ -284,7 +292,7 @@ class EdgeDetector:
             for number, item in enumerate(items, 1):
                 name = _source(item) or f"image {number}"
                 image = resize(load(item, name), self.input_size)
-                embedding = self._model(image)
+                embedding = self._model(image)["embedding"]
                 patches = embedding.reshape(-1, embedding.shape[-1])
                 excess = 0.0 if force else _excess(patches, variant, before, name)
                 if excess > SUSPICION:
@@ -296,12 +304,13 @@ class EdgeDetector:
                 if progress is not None:
                     progress(number)
             report = bank.commit()
-            for name, own in recent.items():
-                one_shot = bool(self._bundle.metadata.get("one_shot"))
-                calibrate_from_views(bank, name, own, self._embed, one_shot)
             if recent:
                 self._check_capacity(bank)
-                self._knowledge = self._know(bank, self._bundle)
+                search = NearestNeighbors(bank.vectors)
+                one_shot = bool(self._bundle.metadata.get("one_shot"))
+                for name, own in recent.items():
+                    calibrate_from_views(bank, name, own, self._embed, search.search, one_shot)
+                self._knowledge = self._know(bank, self._bundle, search)
         return Learned(report, held_back)
 
     def _take(self, bank: MemoryBank, image: Array, patches: Array, variant: str | None, *, views: bool) -> str | None:
@@ -322,7 +331,7 @@ class EdgeDetector:
 
     def _embed(self, images: Array) -> Array:
         """Patch embeddings `(B, h, w, d)` of normalised images `(B, 3, H, W)`."""
-        return np.stack([self._model(image * self._std + self._mean) for image in images])
+        return np.stack([self._model(image * self._std + self._mean)["embedding"] for image in images])
 
     # State
 
@@ -330,13 +339,15 @@ class EdgeDetector:
         """Bring what was learned into the bundle, `model.xml`'s constants included, by one atomic step.
 
         Raises:
-            BundleError: If another process has changed the bundle since it was read, or it cannot be written.
+            BundleError: If another process has changed the bundle since it was read, or it cannot be written, or has
+                no memory bank.
             TimeoutError: If another process is changing it.
         """
         from safetensors.numpy import save
 
+        self._known()  # before a folder is locked that may be read-only
         with self._changing, bundles.locked(self._bundle.folder):
-            knowledge = self._knowledge
+            knowledge = self._known()
             if knowledge is self._saved:
                 return
             read = bundles.read(self._bundle.folder, ("model.xml", "model.bin"))
@@ -369,21 +380,30 @@ class EdgeDetector:
             if self._knowledge is not self._saved:
                 msg = f"The bundle {self._bundle.folder} was changed by another process, and here images were learned."
                 raise BundleError(msg)
-            read = bundles.read(self._bundle.folder, ("features.xml", "features.bin", BANK))
-            changed = any(
-                read.metadata["files"][name] != self._bundle.metadata["files"][name]
-                for name in ("features.xml", "features.bin")
-            )
-            if changed:
+            read = bundles.read(self._bundle.folder, bundles.running)
+            graph = bundles.WHOLE if self._knowledge is None else bundles.FEATURES
+            old, new = ([one.metadata["files"].get(name) for name in graph] for one in (self._bundle, read))
+            if old != new or read.contents.keys() != self._bundle.contents.keys():
                 msg = f"The bundle {self._bundle.folder} is of another model now; make a new EdgeDetector of it."
                 raise BundleError(msg)
-            self._knowledge = self._saved = self._know(_bank(read), read)
+            if self._knowledge is not None:
+                self._knowledge = self._saved = self._know(_bank(read), read)
             self._bundle = read
         return True
 
     def info(self) -> dict[str, Any]:
         """What the bundle is and knows, fit for JSON."""
         knowledge, metadata = self._knowledge, self._bundle.metadata
+        known: dict[str, Any] = {
+            "bundle": str(self._bundle.folder),
+            "saved": knowledge is self._saved,
+            **{key: metadata.get(key) for key in ("model", "backbone", "layers", "compression", "anomalib_ext")},
+            "input_size": list(self.input_size),
+            "device": self.device,
+            "precision": self.precision,
+        }
+        if knowledge is None:
+            return {**known, "threshold": metadata.get("last_values", {}).get("image", [None])[0]}
         bank = knowledge.bank
         variants = {}
         for name, variant in bank.variants.items():
@@ -394,18 +414,22 @@ class EdgeDetector:
                 "threshold": None if np.isnan(threshold) else threshold,
             }
         return {
-            "bundle": str(self._bundle.folder),
-            "saved": knowledge is self._saved,
-            **{key: metadata.get(key) for key in ("model", "backbone", "layers", "compression", "anomalib_ext")},
-            "input_size": list(self.input_size),
-            "device": self.device,
-            "precision": self.precision,
+            **known,
             "memory_size": bank.size,
             "vectors": len(bank),
             "radius_bound": bank.radius_bound,
             "bytes": bank.nbytes,
             "variants": variants,
         }
+
+    def _known(self) -> _Knowledge:
+        if self._knowledge is None:
+            msg = (
+                f"The bundle {self._bundle.folder} of {self._bundle.metadata['model']} has no memory bank, so it "
+                "cannot learn here. Train the model where torch is and export it again, or take a ContinualPatchCore."
+            )
+            raise BundleError(msg)
+        return self._knowledge
 
     def _check_capacity(self, bank: MemoryBank) -> None:
         capacity = int(self._bundle.metadata["variant_capacity"])
@@ -416,11 +440,17 @@ class EdgeDetector:
             )
             raise ValueError(msg)
 
-    @staticmethod
-    def _know(bank: MemoryBank, read: Bundle) -> _Knowledge:
+    def _know(self, bank: MemoryBank, read: Bundle, search: NearestNeighbors | None = None) -> _Knowledge:
         if not len(bank):
             msg = (
                 f"The memory bank of {read.folder} is empty, so nothing can be judged. Export a model that has learned."
+            )
+            raise BundleError(msg)
+        dimension = self._model.last_dimension
+        if bank.vectors.shape[1] != dimension:
+            msg = (
+                f"{BANK} of {read.folder} holds vectors of {bank.vectors.shape[1]} numbers, the model gives "
+                f"{dimension}: it is of another backbone or other layers. Copy the whole folder again."
             )
             raise BundleError(msg)
         values = {}
@@ -433,7 +463,7 @@ class EdgeDetector:
             if not read.metadata.get("variant_thresholds", True):
                 rows[:] = np.nan
             values[kind] = np.where(np.isnan(rows), last, rows)
-        return _Knowledge(bank, list(bank.variants), bank.owners, values, NearestNeighbors(bank.vectors))
+        return _Knowledge(bank, list(bank.variants), bank.owners, values, search or NearestNeighbors(bank.vectors))
 
 
 def _search(patches: Array, knowledge: _Knowledge, name: str | None) -> tuple[Array, NDArray[np.int64]]:
@@ -455,8 +485,8 @@ def _excess(patches: Array, variant: str | None, knowledge: _Knowledge, name: st
     return float(scores.max()) / threshold
 
 
-class _Features:
-    """The backbone, from images in [0, 1] to patch embeddings, in OpenVINO."""
+class _Network:
+    """What runs in OpenVINO, from an image in [0, 1]: the backbone of a model that learns, or the whole of another."""
 
     def __init__(self, read: Bundle, size: tuple[int, int], device: str, precision: str) -> None:
         import openvino as ov
@@ -468,15 +498,21 @@ class _Features:
         ):
             msg = f"OpenVINO finds no device {device} on this PC. It finds {', '.join(core.available_devices)}."
             raise ValueError(msg)
+        name = bundles.running(read.metadata)[0]
         # From memory, so that the files may be replaced while they are in use, and are what was verified.
         height, width = size
         try:
-            model = core.read_model(read.contents["features.xml"], read.contents["features.bin"])
+            model = core.read_model(read.contents[name], read.contents[bundles.running(read.metadata)[1]])
             model.reshape([1, 3, height, width])  # a fixed shape compiles and runs faster
         except RuntimeError as error:
-            msg = f"features.xml of {read.folder} cannot be used for images of {height} x {width} pixels: {error}"
+            msg = f"{name} of {read.folder} cannot be used for images of {height} x {width} pixels: {error}"
             raise BundleError(msg) from error
-        self.dimension = int(model.output(0).partial_shape[-1].get_length())
+        self._names = [next(iter(output.names)) for output in model.outputs]
+        needed = {"embedding"} if BANK in read.contents else {"pred_score", "anomaly_map"}
+        if missing := needed - set(self._names):
+            msg = f"{name} of {read.folder} has no output {', '.join(sorted(missing))}; export the model again."
+            raise BundleError(msg)
+        self.last_dimension = int(model.output(0).partial_shape[-1].get_length())
         self._core, self._read, self._device = core, model, device
         self._config = {"INFERENCE_PRECISION_HINT": precision}
         self._compiled = core.compile_model(model, device, {**self._config, "PERFORMANCE_HINT": "LATENCY"})
@@ -484,20 +520,24 @@ class _Features:
         self._lock = threading.Lock()
         self._queue: Any = None
 
-    def __call__(self, image: Array) -> Array:
-        """Embed an image of shape `(3, H, W)` in [0, 1]; the result has the shape `(h, w, d)`."""
+    def __call__(self, image: Array) -> Outputs:
+        """Run it on an image of shape `(3, H, W)` in [0, 1]; the outputs are without the batch dimension."""
         if not hasattr(self._own, "request"):
             self._own.request = self._compiled.create_infer_request()
         self._own.request.infer([np.ascontiguousarray(image[None])], share_inputs=True)
-        return np.array(self._own.request.get_output_tensor(0).data[0], np.float32)
+        return self._outputs(self._own.request)
 
-    def start(self, image: Array, callback: Callable[[Array], None]) -> None:
-        """Embed an image in the background, then call `callback` with what :meth:`__call__` would return."""
+    def _outputs(self, request: Any) -> Outputs:  # noqa: ANN401  # OpenVINO's
+        # Copies, since the request will be used again.
+        return {name: request.get_output_tensor(i).data[0].copy() for i, name in enumerate(self._names)}
+
+    def start(self, image: Array, callback: Callable[[Outputs], None]) -> None:
+        """Run it in the background, then call `callback` with what :meth:`__call__` would return."""
         self._throughput().start_async([np.ascontiguousarray(image[None])], callback)
 
     @property
     def requests(self) -> int:
-        """Number of images that are embedded at the same time."""
+        """Number of images that it runs on at the same time."""
         return len(self._throughput())
 
     def _throughput(self) -> Any:  # noqa: ANN401  # OpenVINO's queue
@@ -507,9 +547,7 @@ class _Features:
             if self._queue is None:
                 hint = {**self._config, "PERFORMANCE_HINT": "THROUGHPUT"}
                 self._queue = ov.AsyncInferQueue(self._core.compile_model(self._read, self._device, hint))
-                self._queue.set_callback(
-                    lambda request, callback: callback(np.array(request.get_output_tensor(0).data[0], np.float32)),
-                )
+                self._queue.set_callback(lambda request, callback: callback(self._outputs(request)))
             return self._queue
 
 

@@ -279,7 +279,8 @@ BROKEN = {
     "no-import": ("NoImport = no_import:NoImport", "import lacking", "No module named 'lacking'"),
     "no-class": ("NoClass = no_class:NoClass", "pass", "no attribute 'NoClass'"),
     "raises": ("Raises = raises:Raises", "1 / 0", "ZeroDivisionError"),
-    "malformed": ("Malformed = !", "", "Malformed"),
+    "malformed": ("Malformed = !", "", "'!' is not of the form 'module:Class'"),
+    "exits": ("Exits = exits:Exits", "raise SystemExit('no license')", "SystemExit: no license"),
     "no-subclass": ("NoSubclass = no_subclass:NoSubclass", "class NoSubclass: pass", "derived directly"),
     "no-type": ("NoType = no_type:NoType", "NoType = 1", "derived directly"),
     "indirect": (
@@ -368,6 +369,20 @@ REAL = {
             assert process.exitcode == 0
             assert queue.get(timeout=1) == "fine"
     """,
+    "ddp.py": """
+        from lightning.pytorch import Trainer
+        from lightning.pytorch.demos.boring_classes import BoringModel
+
+        class Model(BoringModel):
+            def on_train_start(self):
+                import real
+
+                real.check_models()
+                print(f"rank {self.global_rank} is fine", flush=True)
+
+        if __name__ == "__main__":
+            Trainer(accelerator="cpu", devices=2, strategy="ddp", fast_dev_run=True).fit(Model())
+    """,
     "torch_first.py": """
         import sys, time
         from importlib.metadata import EntryPoint
@@ -447,6 +462,13 @@ def test_a_spawned_process_that_imports_the_models_first(real: Path) -> None:
     assert "Anomalib goes on" not in run(real, "spawn.py").stderr
 
 
+def test_distributed_training(real: Path) -> None:
+    """Lightning's launcher starts a process that finds the models too."""
+    done = run(real, "ddp.py")
+    assert all(f"rank {rank} is fine" in done.stdout for rank in range(2)), done.stdout
+    assert "Anomalib goes on" not in done.stderr
+
+
 def test_torch_first(real: Path) -> None:
     """An import of torch costs milliseconds, without Anomalib too; a broken plugin then costs one warning."""
     declare(real, "broken-plugin", "anomalib.models", "Broken = nowhere:Broken")
@@ -467,9 +489,9 @@ def test_commands(real: Path) -> None:
 
 
 def test_console_script(real: Path) -> None:
-    """The help lists the models, in a process started as Lightning starts those of its ranks."""
+    """The help lists the models."""
     script = Path(sysconfig.get_path("scripts")) / "anomalib"
-    done = run(real, str(script), "train", "--help", "-v", LOCAL_RANK="1")
+    done = run(real, str(script), "train", "--help", "-v")
     assert re.search(r"known subclasses: [^)]*anomalib_ext\.models\.ContinualPatchCore", done.stdout), done.stdout
     assert re.search(r"known subclasses: [^)]*foreign\.models\.ForeignModel", done.stdout)
     assert "Anomalib goes on" not in done.stderr

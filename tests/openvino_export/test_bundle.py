@@ -99,7 +99,7 @@ def replace(folder: Path, name: str, data: bytes) -> None:
         (lambda folder: metadata(folder, schema_version=2), "schema version 2, .* reads 1. Update anomalib-ext"),
         (lambda folder: metadata(folder, schema_version=0), "schema version 0, .* reads 1. Export the model again"),
         (lambda folder: metadata(folder, schema_version="1"), "has no schema_version"),
-        (lambda folder: metadata(folder, files={}), "has no features.xml"),
+        (lambda folder: metadata(folder, files={}), "has no model.xml"),
         (lambda folder: metadata(folder, files={"model.xml": 1}), "lists its files in another way"),
         (lambda folder: metadata(folder, input_size=[64]), "input_size"),
         (lambda folder: metadata(folder, input_size=[64, -1]), "input_size"),

@@ -86,12 +86,14 @@ def test_learn_and_undo(run: Any, bundle: Path, products: Path, tmp_path: Path) 
     assert run("undo", bundle)[:2] == (0, [{"variants": ["stripes"]}])
 
 
-def test_info(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info(exported: Path, without_bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is JSON."""
     assert main(["info", str(exported)]) == 0
     known = json.loads(capsys.readouterr().out)
     assert known["model"] == "ContinualPatchCore"
     assert known["variants"]["stripes"]["images"] == 20
+    assert main(["info", str(without_bank)]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "Padim"
 
 
 def test_parity(run: Any, exported: Path, bundle: Path, products: Path) -> None:  # noqa: ANN401
@@ -159,6 +161,24 @@ def test_watch(run: Any, bundle: Path, products: Path, tmp_path: Path) -> None: 
     assert [Path(line["source"]).name for line in lines] == ["a.png", "broken.png", "b.png"]
     assert "cannot be read" in lines[1]["error"]
     assert [line.get("variant") for line in lines] == ["stripes", None, "dots"]
+
+
+def test_a_model_without_a_bank(run: Any, without_bank: Path, products: Path, tmp_path: Path) -> None:  # noqa: ANN401
+    """Every command works that has a meaning for it; the others say why they do not."""
+    images = products / "stripes" / "test" / "good"
+    code, lines, _ = run("predict", without_bank, images, "--output", tmp_path / "maps")
+    assert (code, len(lines)) == (3 if any(line["pred_label"] for line in lines) else 0, 6)
+    assert all(Path(line["overlay"]).is_file() and line["variant"] is None for line in lines)
+    code, lines, _ = run("parity", without_bank, images)
+    assert (code, lines[0]["same"], lines[0]["largest_difference_of_pred_score"]) == (0, True, 0)
+    code, lines, _ = run("benchmark", without_bank, "--devices", '["CPU"]', "--seconds", "0.1")
+    assert (code, len(lines)) == (0, 1)
+    code, lines, _ = run("watch", without_bank, images, "--idle", "2", "--interval", "0.05")
+    assert len(lines) == 6
+    for command, message in ((["learn", images], "no memory bank"), (["undo"], "no previous state")):
+        code, _, errors = run(command[0], without_bank, *command[1:])
+        assert code == 1
+        assert message in errors
 
 
 def test_as_a_command(exported: Path, products: Path) -> None:

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -339,6 +340,36 @@ def test_other_models(
             assert result.pred_label == (None if label is None else label.item())
         detector.learn(good["dots"][:3], "dots", force=True)
         detector.save()
+
+
+def test_a_model_without_a_bank(without_bank: Path, good: dict[str, list[Path]], tested: list[Path]) -> None:
+    """It is judged by model.xml, in all ways; what it cannot do is said."""
+    detector = EdgeDetector(without_bank)
+    expected = whole(without_bank, tested)
+    results = detector.predict(tested)
+    assert_same(results, expected)
+    assert 0 < sum(bool(result.pred_label) for result in results) < len(results)
+    assert {result.variant for result in results} == {None}
+    assert_same(list(detector.stream(tested)), expected)
+    assert detector.info()["model"] == "Padim"
+    for act in (lambda: detector.learn(good["dots"][:2]), detector.save):
+        with pytest.raises(BundleError, match="of Padim has no memory bank, so it cannot learn"):
+            act()
+    assert_same(detector.predict(tested), expected)
+    assert not detector.reload()
+
+
+def test_another_model_in_its_place(without_bank: Path, bundle: Path, tmp_path: Path) -> None:
+    """A reload does not take it for what was learned."""
+    folder = Path(shutil.copytree(without_bank, tmp_path / "changing"))
+    detectors = [EdgeDetector(folder), EdgeDetector(bundle)]
+    for target, source in ((folder, bundle), (bundle, without_bank)):
+        other = Path(shutil.copytree(source, tmp_path / "other"))
+        shutil.rmtree(target)
+        other.rename(target)
+    for detector in detectors:
+        with pytest.raises(BundleError, match="of another model now"):
+            detector.reload()
 
 
 WITHOUT_TORCH = """

@@ -58,9 +58,9 @@ def load_backbone(
         The extractor, none of whose parameters requires a gradient.
 
     Raises:
-        ValueError: If the backbone or a layer is unknown, the layers are empty or repeated, ``weights`` is given
-            without ``pre_trained``, or a weight file is unreadable, lacks a tensor that the extractor needs, or says
-            that it is of another architecture.
+        ValueError: If the backbone or a layer is unknown, the layers are empty or repeated, the backbone's maps have
+            their channels last, ``weights`` is given without ``pre_trained``, or a weight file is unreadable, lacks a
+            tensor that the extractor needs, or says that it is of another architecture.
         FileNotFoundError: If the weights are nowhere to be found. The message says how to provide them.
     """
     if weights is not None and not pre_trained:
@@ -109,15 +109,21 @@ def backbone_normalization(backbone: str) -> tuple[tuple[float, ...], tuple[floa
 
 
 def backbone_pre_processor(backbone: str, image_size: tuple[int, int] | None = None) -> PreProcessor:
-    """Resize to a height and width, 256 each by default, and normalise as ``backbone`` was trained.
+    """Resize to a height and width, and normalise as ``backbone`` was trained.
+
+    Args:
+        backbone: A timm model name.
+        image_size: Height and width; by default 256 each, or the only size that the backbone takes.
 
     Raises:
         ValueError: If the backbone is unknown.
     """
+    config = _pretrained_config(backbone)
+    if image_size is None:
+        fixed = config.fixed_input_size and not _is_vit(backbone)  # Anomalib makes those for any size
+        image_size = (config.input_size[1], config.input_size[2]) if fixed else (256, 256)
     mean, std = backbone_normalization(backbone)
-    return PreProcessor(
-        Compose([Resize(image_size or (256, 256), antialias=True), Normalize(mean=list(mean), std=list(std))]),
-    )
+    return PreProcessor(Compose([Resize(image_size, antialias=True), Normalize(mean=list(mean), std=list(std))]))
 
 
 def describe_origin(backbone: str) -> dict[str, str]:
@@ -148,6 +154,9 @@ def _layer_indices(backbone: str, layers: Sequence[str]) -> dict[str, int]:
     available = [info["module"] for info in model.feature_info.info]
     if _is_vit(backbone) and not all(name.startswith("blocks.") for name in available):
         msg = f"Backbone {backbone!r} is no plain vision transformer, but Anomalib reads every name with 'vit' as one."
+        raise ValueError(msg)
+    if getattr(model, "output_fmt", "NCHW") != "NCHW":
+        msg = f"Backbone {backbone!r} puts the channels of its feature maps last; take one that puts them first."
         raise ValueError(msg)
     unknown = [layer for layer in layers if layer not in available]
     if not layers or unknown:

@@ -60,7 +60,7 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
         one_shot: Whether a variant of at most 16 images is learned with augmented views of them. Images without a
             name are counted by call.
         variant: Name of the variant that is learned. By default it is the category or the name of the datamodule,
-            and found from the images where there is none.
+            and found from the images where there is none. ``load_from_checkpoint`` brings back the one that was given.
         precision: ``float32`` or ``float16``, in which the memory bank is kept.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
@@ -127,7 +127,7 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
         self.variant = variant
         self.last_report: Report | None = None
         self._reset()
-        self._continued_from: str | None = None
+        self._continued_from: tuple[int, str] | None = None  # a trainer's id, for models are copied without trainers
 
     @staticmethod
     def configure_pre_processor(
@@ -137,7 +137,7 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
         """Resize, and normalise as the backbone was trained.
 
         Args:
-            image_size: Height and width, 256 each by default.
+            image_size: Height and width; by default 256 each, or the only size that the backbone takes.
             backbone: Name of a timm model.
         """
         return backbone_pre_processor(backbone, image_size)
@@ -236,6 +236,7 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
             What changed.
 
         Raises:
+            TypeError: If something else than that is given.
             ValueError: If an image is unreadable, too small, of unsuitable depth or not finite.
         """
         items = _checked(images)
@@ -378,8 +379,12 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
         def embed(views: NDArray[np.float32]) -> NDArray[np.float32]:
             return self.model.embed(torch.from_numpy(views).to(images[0])).cpu().numpy()
 
+        def search(patches: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            scores, index = self.model.nearest_neighbors(torch.from_numpy(patches).to(images[0].device))
+            return scores.cpu().numpy(), index.cpu().numpy()
+
         arrays = [image.float().cpu().numpy() for image in images]
-        calibrate_from_views(self.model.bank, variant, arrays, embed, self.one_shot)
+        calibrate_from_views(self.model.bank, variant, arrays, embed, search, self.one_shot)
 
     def on_validation_epoch_end(self) -> None:
         """Keep what sets the thresholds of the variants that were validated."""
@@ -452,13 +457,13 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
             ValueError: If the checkpoint is of another model.
         """
         trainer = self._trainer
-        path = str(trainer.ckpt_path) if trainer is not None else None
-        if trainer is not None and trainer.state.fn == TrainerFn.TESTING and path == self._continued_from:
+        came_from, self._continued_from = self._continued_from, None
+        asked = (id(trainer), str(trainer.ckpt_path)) if trainer is not None else None
+        if trainer is not None and trainer.state.fn == TrainerFn.TESTING and asked == came_from:
             # `Engine.train` tests with the checkpoint that it started from; going back there would lose the learned.
-            logger.warning("Testing what was learned on top of %s; load it into a new model to test it alone.", path)
+            logger.warning("Testing what was learned on top of %s; load it apart to test it alone.", trainer.ckpt_path)
             checkpoint["state_dict"] = self.state_dict()
             checkpoint.pop("callbacks", None)  # with the thresholds and the path of the old checkpoint
-            self._continued_from = None
             return
         self._read_bank(checkpoint["state_dict"])  # before anything of it is taken over
         super().on_load_checkpoint(checkpoint)
@@ -466,7 +471,7 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
             # Or the trainer believes that the epoch is over, and its callbacks that the best is saved already.
             checkpoint.pop("loops", None)
             checkpoint.pop("callbacks", None)
-            self._continued_from = path
+            self._continued_from = asked
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
         """Load weights and bank, or nothing if they do not fit; thresholds follow from the bank."""
@@ -513,6 +518,10 @@ def _checked(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[t
         if not items:
             msg = "There are no images to learn."
             raise ValueError(msg)
+        wrong = [type(item).__name__ for item in items if not isinstance(item, str | Path)]
+        if wrong:
+            msg = f"Images must be paths, or one tensor of shape (B, 3, H, W); got a list with {wrong[0]} in it."
+            raise TypeError(msg)
         return items
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         msg = f"Images must be floats of shape (B, 3, H, W), got {images.dtype} of {tuple(images.shape)}."
@@ -529,7 +538,7 @@ def _checked(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[t
     if images.min() < -1e-3 or images.max() > 1 + 1e-3:  # resampling rounds
         msg = f"Images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}."
         raise ValueError(msg)
-    return list(images)
+    return list(images.float())
 
 
 def _read(path: str | Path) -> torch.Tensor:

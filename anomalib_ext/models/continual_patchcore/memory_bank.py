@@ -66,11 +66,14 @@ class Report:
     def __str__(self) -> str:
         """One line for a log."""
         learned = ", ".join(f"{name}: {images} images" for name, images in self.variants.items()) or "nothing new"
-        removed = ", ".join(f"{count} of {name}" for name, count in self.removed.items()) or "none"
+        added, removed = (
+            ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
+            for counts in (self.added, self.removed)
+        )
         return (
-            f"learned {learned} ({self.known_images} known already); vectors added {sum(self.added.values())}, "
-            f"removed {removed}, now {self.num_vectors}; radius bound {self.radius_bound:.2f}; "
-            f"{self.nbytes / 2**20:.1f} MiB; {self.seconds:.1f} s"
+            f"learned {learned} ({self.known_images} known already); vectors added {added}, removed {removed}, now "
+            f"{self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; selection "
+            f"{self.seconds:.1f} s"
         )
 
 
@@ -182,7 +185,7 @@ class MemoryBank:
 
         Raises:
             ValueError: If `patches` are not of shape `(n, d)`, of another dimension than the bank's, not finite or too
-                large, or if the bank has no room for another variant. Nothing was learned then.
+                large, if the name is empty, or if the bank has no room for another variant. Nothing was learned then.
         """
         self._validate(patches)
         if views is not None:
@@ -191,6 +194,9 @@ class MemoryBank:
             self.count_known(1)
             return None
         start = time.perf_counter()
+        if variant is not None and not variant:
+            msg = "The name of a variant must not be empty; without one, the variant of each image is found."
+            raise ValueError(msg)
         if variant is None:
             variant = self.identify(patches) or self._new_name()
         self._check_room([variant])
@@ -198,11 +204,11 @@ class MemoryBank:
             self.flush()
         if self._stream is None:
             self._stream = self._open_stream(variant, patches.shape[1])
-        novelty = self._stream.novelty(patches)
-        if novelty is not None:
+        novelty = self._stream.absorb(patches.astype(np.float32, copy=False))
+        if np.isfinite(novelty):
             self._stream.novelties.append(novelty)
-        patches = patches.astype(np.float32, copy=False)
-        self._stream.absorb(patches if views is None else np.concatenate([patches, views.astype(np.float32)]))
+        if views is not None:
+            self._stream.absorb(views.astype(np.float32, copy=False))
         self._stream.describe(*description(patches), images=1)
         if image_hash is not None:
             self._stream.hashes.append(image_hash)
@@ -282,15 +288,18 @@ class MemoryBank:
         """Learn all that another bank of the same backbone knows.
 
         Args:
-            other: Bank to learn from, without what is still in its stream; it stays as it is.
+            other: Bank to learn from, with nothing left in its stream; it stays as it is.
 
         Returns:
             What changed since the last commit.
 
         Raises:
-            ValueError: If the banks are of different dimensions, or there is no room for all variants. Nothing was
-                changed then.
+            ValueError: If the banks are of different dimensions, there is no room for all variants, or the other bank
+                has not committed what it learned. Nothing was changed then.
         """
+        if other._stream is not None:  # of its own class
+            msg = f"The other bank still learns {other._stream.name}; commit that, then merge."
+            raise ValueError(msg)
         if other.variants:
             self._validate(other.vectors)
         self._check_room(other.variants)
@@ -306,6 +315,7 @@ class MemoryBank:
                 self._stream = self._open_stream(name, variant.vectors.shape[1])
                 self._stream.absorb(variant.vectors.astype(np.float32), variant.covers)
                 self._stream.describe(variant.prototype, variant.spread, variant.images)
+                self._stream.novelties.extend(variant.novelties.tolist())
                 self.flush()
                 known = self.variants[name]
                 if known.calibration is None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SCALE_PICKS = 100
 SENIORITY = 2.0
 REMEMBERED_IMAGES = 65_536
+# With fewer points, dividing them into lists makes no search faster.
+DIVIDED_INDEX = 2048
 # Of so many images, the later half sets the thresholds of a variant that has no validation set.
 NOVELTIES = 64
 
@@ -108,6 +110,7 @@ class VariantStream:
         self.hashes: deque[int] = deque(maxlen=REMEMBERED_IMAGES)
         self.novelties: deque[float] = deque(maxlen=NOVELTIES)
         self.seconds = 0.0
+        self._quantizer: Any = None
         if known is not None:
             self.points = known.vectors.astype(np.float32)
             self.radii, self.covers, self.resolution = known.radii, known.covers.copy(), known.resolution
@@ -116,32 +119,31 @@ class VariantStream:
         self._index = self._build_index()
 
     @single_threaded()
-    def novelty(self, patches: Array) -> float | None:
-        """Score of an image with these patches, shape `(n, d)`; None if nothing is known yet."""
-        if not len(self.points):
-            return None
-        patches = np.ascontiguousarray(patches, dtype=np.float32)
-        if self._index is not None:  # the index may miss the nearest point, so the farthest patches are looked at again
-            squares = self._index.search(patches, 1)[0][:, 0]
-            patches = patches[np.argsort(squares)[-8:]]
-        return float(nearest(patches, self.points)[0].max())
+    def absorb(self, patches: Array, covers: Array | None = None) -> float:
+        """Take in patches of shape `(n, d)`; `covers` says what they already stand for.
 
-    @single_threaded()
-    def absorb(self, patches: Array, covers: Array | None = None) -> None:
-        """Take in patches of shape `(n, d)`; `covers` says what they already stand for."""
+        Returns:
+            Largest distance of a patch to what was known before, as the score of an image is; infinite if nothing was.
+        """
         covers = np.zeros(len(patches), np.float32) if covers is None else covers
+        novelty = 0.0
         for start in range(0, len(patches), self.capacity):
             chunk = slice(start, start + self.capacity)
             # As the bank will hold them, so that what is learned again coincides with what is there.
             held, moved = rounded(patches[chunk], self.dtype)
-            self._absorb(np.ascontiguousarray(held, dtype=np.float32), covers[chunk] + moved)
+            novelty = max(
+                novelty,
+                self._absorb(np.ascontiguousarray(held, dtype=np.float32), covers[chunk] + moved),
+            )
+        return novelty
 
-    def _absorb(self, patches: Array, covers: Array) -> None:
-        if self._index is not None:
-            squares, found = self._index.search(patches, 1)
-            index = found[:, 0]
-            # The index may miss the nearest point, which costs at most a vector too many in the pool.
-            distances = np.where(index < 0, np.float32(np.inf), np.sqrt(np.maximum(squares[:, 0], 0)))
+    def _absorb(self, patches: Array, covers: Array) -> float:
+        squares, found = self._index.search(patches, 1)
+        index = found[:, 0]
+        # The index may miss the nearest point, which costs at most a vector too many in the pool.
+        distances = np.where(index < 0, np.float32(np.inf), np.sqrt(np.maximum(squares[:, 0], 0)))
+        novelty = self._largest(patches, distances)
+        if self.resolution > 0:
             known = distances <= self.resolution
             # The index subtracts large squares; what is charged is taken directly.
             exact = np.linalg.norm(patches[known] - self.points[index[known]], axis=1)
@@ -152,14 +154,28 @@ class VariantStream:
             new, new_covers = patches[picks], covers[picks]
             _charge(new, new_covers, patches[rest], covers[rest])  # within the resolution of a pick
             patches, covers = new, new_covers
-            if len(patches):
-                self._index.add(patches)
+        if len(patches):
+            self._index.add(patches)
         self.points = np.concatenate([self.points, patches])
         self.radii = np.concatenate([self.radii, np.zeros(len(patches), np.float32)])
         self.covers = np.concatenate([self.covers, covers])
         if len(self.points) > self.capacity:
             self.select(self.capacity // 4)
             self._index = self._build_index()
+        elif self._quantizer is None and len(self.points) >= DIVIDED_INDEX:
+            self._index = self._build_index()
+        return novelty
+
+    def _largest(self, patches: Array, distances: Array) -> float:
+        """Largest distance of a patch to its nearest point, of which `distances` are upper bounds."""
+        largest = 0.0
+        if not len(self.points):
+            return np.inf
+        for i in np.argsort(-distances):
+            if distances[i] <= largest:
+                break
+            largest = max(largest, float(nearest(patches[i : i + 1], self.points)[0][0]))
+        return largest
 
     def describe(self, prototype: Array, spread: float, images: int) -> None:
         """Count images of this mean embedding and spread."""
@@ -196,7 +212,8 @@ class VariantStream:
         keep = min(size, len(chosen))
         if len(points) > keep:
             # The rest lies within the radius of the first point too many, or within `stop`, or repeats a point.
-            self.resolution = max(self.resolution, float(radii[keep]) if keep < len(radii) else stop)
+            # As float32, in which distances are compared with it.
+            self.resolution = max(self.resolution, float(radii[keep] if keep < len(radii) else np.float32(stop)))
             covers = _covers_after_cut(points, covers, radii, keep, self.resolution)
             points, radii = points[:keep].copy(), radii[:keep].copy()
         self.points, self.radii, self.covers = points, radii, covers
@@ -230,16 +247,15 @@ class VariantStream:
         )
 
     def _build_index(self) -> Any:  # noqa: ANN401  # faiss is imported late and untyped
-        if self.resolution <= 0:
-            return None  # nothing is known yet, so there is nothing to look up
         import faiss
 
         dimension = self.points.shape[1]
+        self._quantizer = None
         flat = faiss.IndexFlatL2(dimension)
         index: Any = flat
-        if len(self.points) >= 2048:
-            # The first picks of farthest-first are well spread: as good as trained centroids, and free.
-            flat.add(self.points[:128])
+        if len(self.points) >= DIVIDED_INDEX:
+            # The first picks of farthest-first are well spread: as good as trained centroids, and nearly free.
+            flat.add(self.points[farthest_first(self.points, 128)[0]])
             index = faiss.IndexIVFFlat(flat, dimension, 128)
             index.nprobe = 4
             self._quantizer = flat  # faiss does not keep it alive

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from anomalib_ext.models.components.anomaly_map import anomaly_maps
-from anomalib_ext.models.components.k_center import nearest
 
 from .memory_bank import CALIBRATION_PATCHES, MemoryBank
 
@@ -118,6 +117,7 @@ def calibrate_from_views(
     variant: str,
     images: Sequence[Array],
     embed: Callable[[Array], Array],
+    search: Callable[[Array], tuple[Array, NDArray[np.int64]]],
     one_shot: bool = True,
 ) -> None:
     """Set a variant's thresholds without a validation set.
@@ -132,6 +132,7 @@ def calibrate_from_views(
         variant: Name of the variant.
         images: The variant's images that were learned last, at most FEW_IMAGES of shape `(3, H, W)`.
         embed: Gives patch embeddings `(B, h, w, d)`, float32, for normalised images `(B, 3, H, W)`.
+        search: Gives the distance of each patch, of shape `(n, d)`, to its nearest vector of the bank, and its index.
         one_shot: Whether few images were learned with views of them.
     """
     known = bank.variants[variant].calibration
@@ -139,14 +140,13 @@ def calibrate_from_views(
         return  # scores of real anomalies stay the better guide
     reach = bank.variants[variant].reach
     strength = CALIBRATION_STRENGTH if one_shot and are_few(bank, variant) and not reach else 1.0
-    vectors = bank.vectors
     highest_patches = []
     lowest, highest = np.inf, -np.inf
     for i, image in enumerate(images):
         for view in augmented_views(image, max(1, FEW_IMAGES // len(images)), NUM_VIEWS + i, strength):
             embedding = embed(view[None])[0]
             patches = embedding.reshape(-1, embedding.shape[-1])
-            scores = nearest(patches, vectors)[0]
+            scores = search(patches)[0]
             pixels = anomaly_maps(scores.reshape(embedding.shape[:2]), *image.shape[1:])
             lowest, highest = min(lowest, float(pixels.min())), max(highest, float(pixels.max()))
             order = np.argsort(-scores, kind="stable")[:CALIBRATION_PATCHES]

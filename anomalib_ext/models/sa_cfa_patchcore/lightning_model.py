@@ -113,7 +113,7 @@ class SaCfaPatchCore(AnomalibModule):
         """Resize, and normalise as the backbone was trained.
 
         Args:
-            image_size: Height and width, 256 each by default.
+            image_size: Height and width; by default 256 each, or the only size that the backbone takes.
             backbone: Name of a timm model.
         """
         return backbone_pre_processor(backbone, image_size)

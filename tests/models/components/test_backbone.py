@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from anomalib_ext.models.components.backbone import backbone_normalization, load_backbone
+from anomalib_ext.models.components.backbone import backbone_normalization, backbone_pre_processor, load_backbone
 
 LAYERS = {
     "resnet18": ["layer1", "layer2"],
@@ -337,3 +337,25 @@ def test_backbone_normalization() -> None:
     assert backbone_normalization("resnet18.tv_in1k") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with pytest.raises(ValueError, match="Unknown backbone 'resnt18'"):
         backbone_normalization("resnt18")
+
+
+def test_size_of_the_images() -> None:
+    """It is 256 pixels, but for a backbone that takes one size only."""
+    sizes = {
+        name: list(backbone_pre_processor(name).transform.transforms[0].size)
+        for name in ("resnet18", "vit_tiny_patch16_224", "deit_tiny_patch16_224")
+    }
+    assert sizes == {
+        "resnet18": [256, 256],
+        "vit_tiny_patch16_224": [256, 256],
+        "deit_tiny_patch16_224": [224, 224],
+    }
+    images = torch.rand(1, 3, 224, 224)
+    (maps,) = load_backbone("deit_tiny_patch16_224", ["blocks.2"], pre_trained=False)(images).values()
+    assert maps.shape == (1, 192, 14, 14)
+
+
+def test_channels_last() -> None:
+    """Maps with their channels last would be taken for others, so such a backbone is refused."""
+    with pytest.raises(ValueError, match="'swin_tiny_patch4_window7_224' puts the channels of its feature maps last"):
+        load_backbone("swin_tiny_patch4_window7_224", ["layers_0"], pre_trained=False)

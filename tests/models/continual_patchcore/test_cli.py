@@ -12,6 +12,7 @@ import pytest
 import torch
 from anomalib.cli.cli import main
 
+CONFIGS = Path(__file__).parents[3] / "configs"
 MODEL = ["--model", "ContinualPatchCore", "--model.memory_size", "2000"]
 DATA = ["--data", "anomalib_ext.data.PhotoVariants", "--data.root", "photos", "--data.category"]
 QUIET = ["--seed_everything", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -102,6 +103,17 @@ def test_fit(command: Callable[..., None], trained: Path) -> None:
     command("fit", *MODEL, *DATA, "brick", *QUIET, "--ckpt_path", "2.ckpt", "--trainer.limit_train_batches", "1")
     (path,) = trained.glob("results/ContinualPatchCore/PhotoVariants/brick/v0/**/*.ckpt")
     assert variants(path) == ["cell", "moon", "brick"]
+
+
+def test_configs(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    """The files that the README names go together."""
+    files = ("model/continual_patch_core_edge.yaml", "data/folder.yaml")
+    with pytest.raises(SystemExit) as end:
+        command("train", *(word for file in files for word in ("--config", str(CONFIGS / file))), "--print_config")
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "precision: float16" in printed
+    assert "normal_dir: train/good" in printed
 
 
 def test_export(command: Callable[..., None], trained: Path) -> None:

@@ -359,6 +359,13 @@ def test_quantisation_of_the_backbone(
     assert whole["Convolution"] == features["Convolution"]
     assert whole["GroupConvolution"] == features["GroupConvolution"] > 5
     assert whole["FakeQuantize"] == features["FakeQuantize"] > 10
+    kinds = {
+        (node.get_type_name(), node.input_value(0).get_node().get_type_name() == "FakeQuantize")
+        for node in ov.Core().read_model(path.with_name("features.xml")).get_ordered_ops()
+        if node.get_type_name().endswith("Convolution")
+    }
+    # The first layer and the depthwise ones stay in float.
+    assert kinds == {("Convolution", False), ("Convolution", True), ("GroupConvolution", False)}
     weights, places = constants_of(path)
     tables = graph_tables(two.model.bank, two.model.memory_bank.shape[1], capacity=64)
     assert bundle.replaced(weights, places, tables) == weights
@@ -367,11 +374,11 @@ def test_quantisation_of_the_backbone(
     for values in metadata["accuracy"].values():
         assert values["INT8"] >= values["FP32"] - 0.01
     assert set(metadata["accuracy"]) == {"image_AUROC", "image_F1Score"}
-    # Not the same, or it would not be quantised; of real photographs, eight bits move the embedding by a sixth.
+    # Not the same, or it would not be quantised.
     embedding = run(path.with_name("features.xml"), images, EXACT)["embedding"]
     with torch.no_grad():
         difference = np.abs(embedding - two.model.embed(two.pre_processor(images)).numpy()).mean()
-    assert 1e-3 < difference < 0.5 * np.abs(embedding).mean()
+    assert 1e-3 < difference < 0.1 * np.abs(embedding).mean()
 
 
 @pytest.mark.parametrize("compression", ["FP16", "INT8", "INT8_PTQ"])

@@ -127,7 +127,7 @@ def test_training_from_a_checkpoint_adds_and_tests_the_new_state(
     assert engine.best_model_path != str(two[1])
     assert list(ContinualPatchCore.load_from_checkpoint(engine.best_model_path).model.bank.variants)[-1] == "checks"
     assert two[1].is_file(), "the old checkpoint must remain"
-    # Asked for again, the old checkpoint is what is tested.
+    # Asked for by another engine, the old checkpoint is what is tested.
     make_engine().test(model, datamodule=make_data("stripes"), ckpt_path=two[1])
     assert list(model.model.bank.variants) == ["stripes", "dots"]
 
@@ -803,14 +803,23 @@ def test_judging_before_learning(products: Path, make_model: Make, make_engine: 
         (torch.rand(0, 3, 64, 64), "no images to learn"),
         ([], "no images to learn"),
         ("absent.png", "absent.png cannot be read as an image: .*No such file"),
+        ([torch.rand(3, 64, 64)], r"one tensor of shape \(B, 3, H, W\); got a list with Tensor in it"),
+        (np.zeros((1, 3, 64, 64), np.float32), "got a list with ndarray in it"),
     ],
 )
 def test_bad_images(images: Any, message: str, model: ContinualPatchCore) -> None:  # noqa: ANN401
     """Nothing of them is learned."""
     before = state_of(model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         model.partial_fit(images)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_floats(dtype: torch.dtype, model: ContinualPatchCore, products: Path) -> None:
+    """Images of any float type are learned."""
+    images = tensors_of(products, "stripes")[:1].to(dtype)
+    assert model.partial_fit(images, "other").variants == {"other": 1}
 
 
 def write_bad_files(folder: Path) -> dict[str, str]:

@@ -554,7 +554,7 @@ def test_no_room_for_another_variant() -> None:
 )
 @example(actions=[("a", 0), "commit", ("a", 1), "flush", ("b", 2), ("a", 0)], dtype="float32")
 def test_going_on_from_a_saved_bank(actions: list[Any], dtype: str) -> None:
-    """A bank that is saved and loaded at every chance ends bit by bit as one that never was."""
+    """A bank that is saved and loaded at every chance ends bit by bit as one that was flushed then, but not saved."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory_bank, "SMALLEST_POOL", 40)
         bank = MemoryBank(50, dtype)
@@ -770,6 +770,30 @@ def test_merge_joins_what_two_banks_know() -> None:
     check(bank, {**patches, "d": [draw("lobes", "d", 0, 40)]})
 
 
+def test_merge_takes_what_sets_thresholds() -> None:
+    """Scores of images before they were learned, of a variant that both know too."""
+    bank, other = filled(), filled()
+    own, others = bank.variants["a"].novelties, other.variants["a"].novelties
+    assert len(others)
+    bank.merge(other)
+    assert bank.variants["a"].novelties.tolist() == [*own, *others]
+
+
+def test_merge_of_a_bank_that_learns() -> None:
+    """Is refused, for what is not committed would be lost."""
+    bank, other = filled(), filled()
+    other.learn(draw("lobes", "z", 0, 40), "z")
+    with unchanged(bank), pytest.raises(ValueError, match="still learns z; commit that"):
+        bank.merge(other)
+
+
+def test_empty_name() -> None:
+    """Is refused: it is no name, and not the lack of one either."""
+    bank = filled()
+    with unchanged(bank), pytest.raises(ValueError, match="must not be empty"):
+        bank.learn(draw("lobes", "z", 0, 40), "")
+
+
 def test_merge_keeps_its_own_calibration() -> None:
     """The thresholds of a variant are those of this site."""
     bank, other = filled(calibrated=True), filled(80, calibrated=True)
@@ -901,8 +925,8 @@ def test_novelty_by_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = bank._stream
     assert stream is not None
     assert type(stream._index).__name__ == "IndexIVFFlat"
-    image = draw("curve", "a", 99, 700, 6)
-    assert stream.novelty(image) == pytest.approx(distances_between(image, stream.points).max(), rel=1e-4)
+    points, image = stream.points, draw("curve", "a", 99, 700, 6)
+    assert stream.absorb(image) == pytest.approx(distances_between(image, points).max(), rel=1e-4)
 
 
 @pytest.mark.parametrize("reach", [0.0, 1e-3, 50.0])
@@ -1163,10 +1187,10 @@ def test_report_in_words() -> None:
     added = len(bank.variants["b"].radii)
     words = str(report)
     assert words.startswith(
-        f"learned b: 1 images (2 known already); vectors added {added}, removed {added} of a, now 50"
+        f"learned b: 1 images (2 known already); vectors added {added} of b, removed {added} of a, now 50"
     )
     assert f"radius bound {bank.radius_bound:.2f}" in words
     assert str(MemoryBank(9).commit()).startswith(
-        "learned nothing new (0 known already); vectors added 0, removed none"
+        "learned nothing new (0 known already); vectors added none, removed none"
     )
     assert report.seconds > 0

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from anomalib_ext.models.components.anomaly_map import anomaly_maps
+from anomalib_ext.models.components.k_center import nearest
 from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
 from anomalib_ext.models.continual_patchcore.views import augmented_views, calibrate_from_views, image_hash
 
@@ -71,7 +72,7 @@ def test_thresholds_from_views() -> None:
     bank = MemoryBank(500)
     bank.learn(embed(image[None])[0].reshape(-1, 3), "waves")
     bank.commit()
-    calibrate_from_views(bank, "waves", [image], embed)
+    calibrate_from_views(bank, "waves", [image], embed, lambda patches: nearest(patches, bank.vectors))
     views = augmented_views(image, 16, 16, strength=2.5)
     patches = embed(views)
     distances = np.linalg.norm(patches[..., None, :] - bank.vectors, axis=-1).min(axis=-1)
@@ -86,7 +87,7 @@ def test_thresholds_from_views() -> None:
     novelty = np.linalg.norm(patches[:, None] - bank.vectors, axis=-1).min(axis=-1).max()
     bank.learn(patches, "waves")
     bank.commit()
-    calibrate_from_views(bank, "waves", [image], embed)
+    calibrate_from_views(bank, "waves", [image], embed, lambda patches: nearest(patches, bank.vectors))
     second = bank.thresholds("waves")
     calibration = bank.variants["waves"].calibration
     assert calibration is not None
@@ -97,7 +98,7 @@ def test_thresholds_from_views() -> None:
 
     bank.calibrate("waves", np.ones((2, 8, 3), np.float32), np.array([False, True]))
     kept = bank.variants["waves"]
-    calibrate_from_views(bank, "waves", [other], embed)
+    calibrate_from_views(bank, "waves", [other], embed, lambda patches: nearest(patches, bank.vectors))
     assert bank.variants["waves"] is kept
 
 
@@ -107,5 +108,5 @@ def test_few_patches_fill_the_calibration() -> None:
     bank = MemoryBank(10)
     bank.learn(np.zeros((4, 3), np.float32) + np.arange(4)[:, None], "small")
     bank.commit()
-    calibrate_from_views(bank, "small", [image], embed)
+    calibrate_from_views(bank, "small", [image], embed, lambda patches: nearest(patches, bank.vectors))
     assert bank.variants["small"].calibration.patches.shape == (16, 8, 3)
