@@ -6,10 +6,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .continual_patchcore import ContinualPatchCore
+    from .het_net import HetNet
+    from .rd_akf import RdAkf
 
-_FOLDERS = {"ContinualPatchCore": "continual_patchcore"}
+_FOLDERS = {
+    "ContinualPatchCore": "continual_patchcore",
+    "HetNet": "het_net",
+    "RdAkf": "rd_akf",
+}
 
-__all__ = ["ContinualPatchCore"]
+__all__ = ["ContinualPatchCore", "HetNet", "RdAkf"]
 
 
 def __getattr__(name: str) -> object:

@@ -21,11 +21,13 @@ from typing import Any
 import timm
 import torch
 from anomalib.models.components import TimmFeatureExtractor
+from anomalib.pre_processing import PreProcessor
 from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import PretrainedCfg, load_state_dict, remap_state_dict
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import nn
+from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,18 @@ def backbone_normalization(backbone: str) -> tuple[tuple[float, ...], tuple[floa
     """
     config = _pretrained_config(backbone)
     return tuple(config.mean), tuple(config.std)
+
+
+def backbone_pre_processor(backbone: str, image_size: tuple[int, int] | None = None) -> PreProcessor:
+    """Resize to a height and width, 256 each by default, and normalise as ``backbone`` was trained.
+
+    Raises:
+        ValueError: If the backbone is unknown.
+    """
+    mean, std = backbone_normalization(backbone)
+    return PreProcessor(
+        Compose([Resize(image_size or (256, 256), antialias=True), Normalize(mean=list(mean), std=list(std))]),
+    )
 
 
 def _pretrained_config(backbone: str) -> PretrainedCfg:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models do alike in a trainer: safe checkpoints, and image files that are refused or named when unreadable."""
+
+import logging
+import os
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.engine.plugins import AnomalibCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+# An image with a shorter side than this holds no surface to judge.
+SMALLEST_SIDE = 16
+
+
+def prepare_fit(trainer: Trainer) -> None:
+    """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
+    # A finished epoch of an earlier fit would let the trainer stop before the first batch.
+    trainer.fit_loop.epoch_progress.reset()
+    plugin = trainer.strategy.checkpoint_io
+    if type(plugin) is AnomalibCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO(plugin.extra_safe_globals)
+    datamodule = getattr(trainer, "datamodule", None)
+    if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
+        # With `val_split_mode=none`, Anomalib's own method fails instead of saying that there is nothing.
+        setattr(datamodule, "val_dataloader", lambda: [])  # noqa: B010, PIE807  # Lightning wants a function
+
+
+class UnreadableImages(Callback):
+    """Names the images that cannot be read, if those were why a trainer failed."""
+
+    def on_exception(  # noqa: PLR6301  # Lightning's hook
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Name them."""
+        del pl_module
+        # Pillow's error for a truncated image does not say which one it is; those of the system have a number.
+        if isinstance(exception, SyntaxError) or (isinstance(exception, OSError) and exception.errno is None):
+            for path in _image_files(trainer):
+                if not is_readable(path):
+                    logger.error("%s cannot be read as an image; repair or remove it.", path)
+
+
+class AtomicCheckpointIO(AnomalibCheckpointIO):
+    """Writes a checkpoint beside the old one, syncs it and renames it over: a kill leaves one of the two whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
+        """Save as Lightning does, then replace ``path`` at once."""
+        if storage_options is not None or "://" in str(path):  # a remote file has no directory to rename in
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with replacing(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[BinaryIO]:
+    """Give a file to write beside ``path``, then sync it and rename it over; if writing fails, the old file stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")  # always the same, so that the next save removes a killed one's
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a directory cannot be synced
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def check_files(paths: Sequence[str] | None) -> None:
+    """Refuse image files that Anomalib would read as something else than what they show."""
+    for path in paths or ():
+        try:
+            with Image.open(path) as image:
+                width, height, mode = *image.size, image.mode
+        except OSError:  # whoever reads the pixels says so, or needs no such file
+            continue
+        if min(width, height) < SMALLEST_SIDE:
+            msg = f"{path} has {width} x {height} pixels; at least {SMALLEST_SIDE} each way are needed to judge it."
+            raise ValueError(msg)
+        if mode.startswith(("I", "F")):
+            msg = (
+                f"{path} has pixels of mode {mode!r} (more than 8 bits). They would be clipped to 8 bits: "
+                "convert the image to 8 bits first, in the same way for learning and for judging."
+            )
+            raise ValueError(msg)
+
+
+def _image_files(trainer: Trainer) -> list[str]:
+    """Image files of the trainer's datasets."""
+    paths: list[str] = []
+    for loaders in (
+        trainer.train_dataloader,
+        trainer.val_dataloaders,
+        trainer.test_dataloaders,
+        trainer.predict_dataloaders,
+    ):
+        for loader in loaders if isinstance(loaders, list) else [loaders]:
+            dataset = getattr(loader, "dataset", None)
+            samples = getattr(dataset, "samples", None)
+            paths.extend(getattr(dataset, "image_filenames", []) if samples is None else samples.image_path)
+    return list(map(str, paths))
+
+
+def is_readable(path: str | Path) -> bool:
+    """Whether a file can be decoded as an image."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError):
+        return False
+    return True
