@@ -6,6 +6,7 @@ them. Feature maps are lists of three levels, from the largest map to the smalle
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,8 @@ from anomalib_ext.export import Bundle, export_bundle
 
 from .backbone import load_backbone
 from .training import UnreadableImages, check_files, prepare_fit
+
+logger = logging.getLogger(__name__)
 
 LEVELS = ("layer1", "layer2", "layer3")
 # The students halve the smallest level once more and then double it three times.
@@ -237,6 +240,7 @@ class DistillationModule(LightningModule):
     backbone: str
     save_teachers: bool
     sized: tuple[str, ...] = ()
+    _resumed_from: str | None = None
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -326,6 +330,15 @@ class DistillationModule(LightningModule):
         Raises:
             ValueError: If the checkpoint is of another model, backbone or teacher.
         """
+        trainer = self._trainer
+        path = str(trainer.ckpt_path) if trainer is not None else None
+        if trainer is not None and trainer.state.fn == TrainerFn.TESTING and path == self._resumed_from:
+            # `Engine.train` tests with the checkpoint that it started from; going back there would lose the learned.
+            logger.warning("Testing what was learned on top of %s; load it into a new model to test it alone.", path)
+            checkpoint["state_dict"] = self.state_dict()
+            checkpoint.pop("callbacks", None)
+            self._resumed_from = None
+            return
         if "teachers" in checkpoint:
             own = {key: value for key, value in self.state_dict().items() if self._is_teachers(key)}
             checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
@@ -337,8 +350,8 @@ class DistillationModule(LightningModule):
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "rng_state" in checkpoint:
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._resumed_from = path
             torch.set_rng_state(checkpoint["rng_state"].cpu())
 
     def _check_state(self, state: Mapping[str, torch.Tensor], made_with: Mapping[str, Any]) -> None:

@@ -128,11 +128,11 @@ class HetNet(DistillationModule, AnomalibModule):
         # In order, all images in each process, and without touching the random numbers of the training.
         ordered = DataLoader(
             loader.dataset,
-            loader.batch_size,
+            loader.batch_size or 1,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             self.model.noise.fit(self._teacher_maps(ordered), len(ordered.dataset))
 
     @torch.no_grad()
