@@ -345,8 +345,8 @@ class DistillationModule(LightningModule):
         self._check_state(checkpoint["state_dict"], checkpoint.get("hyper_parameters", {}))
         if "teachers" in checkpoint and checkpoint["teachers"] != self._digest():
             msg = (
-                f"The checkpoint holds no teachers, and was made with other weights of {self.backbone!r} than this "
-                "model has. Make the model with the weights that it was trained with (weights=PATH)."
+                "The checkpoint holds no teachers, and was made with other weights of theirs than this model has. Make "
+                "the model with the weights that it was trained with (weights=PATH)."
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)

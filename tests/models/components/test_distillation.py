@@ -232,7 +232,7 @@ def test_a_checkpoint_of_other_teachers_is_refused(
 ) -> None:
     """Of other weights, and of another backbone; nothing of it is taken over."""
     _, path = saved
-    with pytest.raises(ValueError, match="other weights of 'resnet18'"):
+    with pytest.raises(ValueError, match="other weights of theirs"):
         RdAkf.load_from_checkpoint(path, weights=weights[1])
     model = make_rd(backbone="resnet34")
     before = {key: value.clone() for key, value in model.model.state_dict().items()}

@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from anomalib.deploy import CompressionType, ExportType, TorchInferencer
+from anomalib.deploy import ExportType, TorchInferencer
 from anomalib.models.components import AnomalibModule
 
 from anomalib_ext.models import HetNet, RdAkf
@@ -75,28 +75,22 @@ def test_openvino(make: Make, make_engine: Make, tmp_path: Path) -> None:
     assert (metadata["model"], metadata["backbone"]) == (type(model).__name__, "resnet18")
 
 
-@pytest.mark.parametrize("make", [lambda: rd_akf("content"), het_net])
-def test_onnx_and_torch(make: Make, make_engine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So do Anomalib's own formats."""
+def test_onnx(make_engine: Make, tmp_path: Path) -> None:
+    """So does Anomalib's own export; the OpenVINO model of the other test was converted from the same graph."""
+    model = prepared(rd_akf("content"))
+    path = make_engine().export(model, ExportType.ONNX, export_root=tmp_path, input_size=SIZE)
+    assert_same(path, torch.rand(3, 3, *SIZE), model)
+
+
+@pytest.mark.parametrize("make", [lambda: rd_akf("position"), het_net])
+def test_torch(make: Make, make_engine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the file for Anomalib's inferencer."""
     model = prepared(make())
-    images = torch.rand(3, 3, *SIZE)
-    assert_same(make_engine().export(model, ExportType.ONNX, export_root=tmp_path, input_size=SIZE), images, model)
-    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    image = torch.rand(3, *SIZE)
     path = make_engine().export(model, ExportType.TORCH, export_root=tmp_path)
-    result = TorchInferencer(path, device="cpu").predict(images[0])
-    assert result.pred_score.item() == pytest.approx(model(images[:1]).pred_score.item(), abs=1e-5)
-
-
-def test_half_precision(make_engine: Make, tmp_path: Path) -> None:
-    """The file has two bytes a number, and the scores stay close."""
-    model = prepared(rd_akf("position"))
-    fp16 = CompressionType.FP16
-    path = make_engine().export(model, ExportType.OPENVINO, export_root=tmp_path, compression_type=fp16)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert path.with_suffix(".bin").stat().st_size < 2.2 * count
-    images = torch.rand(2, 3, *SIZE)
-    result = ov.Core().compile_model(path, "CPU", EXACT)(images.numpy())["pred_score"]
-    assert np.abs(result - model(images).pred_score.detach().numpy()).max() < 0.02
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    result = TorchInferencer(path, device="cpu").predict(image)
+    assert result.pred_score.item() == pytest.approx(model(image[None]).pred_score.item(), abs=1e-5)
 
 
 def test_another_file_name_is_refused(tmp_path: Path) -> None:
