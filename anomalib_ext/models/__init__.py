@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .continual_patchcore import ContinualPatchCore
+    from .het_net import HetNet
+    from .rd_akf import RdAkf
     from .sa_cfa_patchcore import SaCfaPatchCore
 
-_FOLDERS = {"ContinualPatchCore": "continual_patchcore", "SaCfaPatchCore": "sa_cfa_patchcore"}
+_FOLDERS = {
+    "ContinualPatchCore": "continual_patchcore",
+    "HetNet": "het_net",
+    "RdAkf": "rd_akf",
+    "SaCfaPatchCore": "sa_cfa_patchcore",
+}
 
-__all__ = ["ContinualPatchCore", "SaCfaPatchCore"]
+__all__ = ["ContinualPatchCore", "HetNet", "RdAkf", "SaCfaPatchCore"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models that extend reverse distillation share: frozen teachers, students, anomaly maps, life in a trainer.
+
+Reverse distillation (RD4AD) is by Deng and Li, CVPR 2022, arXiv 2201.10703. The parts are Anomalib's where it has
+them. Feature maps are lists of three levels, from the largest map to the smallest, of strides 4, 8 and 16.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from anomalib import LearningType, TaskType
+from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
+from anomalib.deploy import CompressionType
+from anomalib.models.components.backbone import get_decoder
+from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode, AnomalyMapGenerator
+from anomalib.models.image.reverse_distillation.components import get_bottleneck_layer
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
+from torchmetrics import Metric
+
+from anomalib_ext.export import Bundle, export_bundle
+
+from .backbone import load_backbone
+from .training import UnreadableImages, check_files, prepare_fit
+
+logger = logging.getLogger(__name__)
+
+LEVELS = ("layer1", "layer2", "layer3")
+# The students halve the smallest level once more and then double it three times.
+STRIDE = 32
+# With less, a map of one value is left, which batch normalisation cannot work on.
+SMALLEST_SIDE = 2 * STRIDE
+
+
+class Teacher(nn.Module):
+    """A frozen feature extractor that stays in evaluation mode, so that its batch normalisation never moves.
+
+    Args:
+        backbone: Name of a timm model.
+        layers: Layers to extract.
+        pre_trained: Whether to use pretrained weights.
+        weights: File with the weights, as for :func:`anomalib_ext.models.components.backbone.load_backbone`.
+
+    Attributes:
+        channels: Number of channels of each layer.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        layers: Sequence[str] = LEVELS,
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.extractor = load_backbone(backbone, layers, pre_trained, weights)
+        self.channels: list[int] = list(self.extractor.out_dims)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in evaluation mode."""
+        del mode
+        return super().train(mode=False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Extract one map of shape ``(B, C, h, w)`` for each layer from images of shape ``(B, 3, H, W)``."""
+        return list(self.extractor(images).values())
+
+
+def architecture(backbone: str) -> str:
+    """Return the name under which Anomalib knows the decoder of a backbone, which has no tag.
+
+    Raises:
+        ValueError: If there is no decoder that mirrors the backbone.
+    """
+    name = backbone.split(".", maxsplit=1)[0]
+    try:
+        with torch.device("meta"):  # only to see whether there is one
+            get_decoder(name)
+    except ValueError as error:
+        msg = (
+            f"Backbone {backbone!r} has no three levels that a decoder mirrors. Take a ResNet, such as resnet18, "
+            "resnet34, resnet50 or wide_resnet50_2, with or without a tag of its weights."
+        )
+        raise ValueError(msg) from error
+    return name
+
+
+class Student(nn.Module):
+    """One-class embedding and decoder of reverse distillation (RD4AD, sections 3.2 and 3.3).
+
+    Args:
+        backbone: Name of the teacher's backbone, which the decoder mirrors.
+        in_channels: Number of channels of the fused features.
+    """
+
+    def __init__(self, backbone: str, in_channels: int) -> None:
+        super().__init__()
+        name = architecture(backbone)
+        self.embedding = get_bottleneck_layer(name).bn_layer
+        first = self.embedding[0]
+        if first.conv1.in_channels != in_channels:  # Anomalib's takes three concatenated levels
+            first.conv1 = _with_inputs(first.conv1, in_channels)
+            first.downsample[0] = _with_inputs(first.downsample[0], in_channels)
+        self.decoder = get_decoder(name)
+
+    def forward(self, fused: torch.Tensor) -> list[torch.Tensor]:
+        """Reconstruct the teacher's maps from fused features of shape ``(B, in_channels, H / 16, W / 16)``."""
+        return self.decoder(self.embedding(fused))
+
+
+def _with_inputs(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """Make a convolution like this one, for another number of input channels."""
+    kernel, stride, padding = convolution.kernel_size, convolution.stride, convolution.padding
+    return _initialised(nn.Conv2d(channels, convolution.out_channels, kernel, stride, padding, bias=False))
+
+
+def _initialised(convolution: nn.Conv2d) -> nn.Conv2d:
+    """Initialise as reverse distillation does."""
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
+
+
+def resize_block(channels: Sequence[int]) -> nn.Sequential:
+    """Bring maps to a deeper level: 3 x 3 convolution of stride 2, batch normalisation and ReLU for each level.
+
+    Args:
+        channels: Number of channels of each level on the way, first and last included.
+    """
+    layers: list[nn.Module] = []
+    for before, after in pairwise(channels):
+        convolution = _initialised(nn.Conv2d(before, after, 3, 2, 1, bias=False))
+        layers += [convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class MultiScaleFusion(nn.Module):
+    """Reverse distillation's own fusion (RD4AD's MFF): all levels brought to the size of the deepest, concatenated.
+
+    Args:
+        channels: Number of channels of the three levels.
+    """
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.resize = nn.ModuleList([resize_block(channels), resize_block(channels[1:])])
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Fuse three levels to ``(B, 3 * C3, H / 16, W / 16)``."""
+        return torch.cat([self.resize[0](features[0]), self.resize[1](features[1]), features[2]], dim=1)
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Refuse images that cannot be learned or judged.
+
+    Args:
+        images: Normalised images, shape ``(B, 3, H, W)``.
+
+    Raises:
+        ValueError: If the shape is another one, a side is no multiple of 32 or below 64, or a value is not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        msg = f"Images must have the shape (B, 3, H, W), got {tuple(images.shape)}."
+        raise ValueError(msg)
+    check_size(images.shape[-2], images.shape[-1])
+    if not torch.compiler.is_compiling() and not torch.isfinite(images).all():
+        bad = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        msg = f"Images {bad} of the batch hold NaN or infinite values. Nothing of the batch was used."
+        raise ValueError(msg)
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse images whose maps a student cannot give back in the same size.
+
+    Raises:
+        ValueError: If a side is no multiple of 32, or below 64.
+    """
+    if min(height, width) < SMALLEST_SIDE or height % STRIDE or width % STRIDE:
+        near = [max(SMALLEST_SIDE, (side + STRIDE // 2) // STRIDE * STRIDE) for side in (height, width)]
+        msg = (
+            f"Images of {height} x {width} pixels have feature maps that the decoder cannot mirror: both sides must be "
+            f"multiples of {STRIDE}, and at least {SMALLEST_SIDE}. Resize to {near[0]} x {near[1]}, for example by "
+            f"pre_processor=configure_pre_processor(({near[0]}, {near[1]}))."
+        )
+        raise ValueError(msg)
+
+
+def judge(
+    images: torch.Tensor,
+    teacher: Sequence[torch.Tensor],
+    students: Sequence[Sequence[torch.Tensor]],
+) -> InferenceBatch:
+    """Score images by how far students are from the teacher, as reverse distillation does (RD4AD, section 3.4).
+
+    Args:
+        images: Images, shape ``(B, 3, H, W)``.
+        teacher: The teacher's feature maps.
+        students: Feature maps of each student; their anomaly maps are averaged.
+
+    Returns:
+        Anomaly maps ``(B, 1, H, W)``, in [0, 2 * levels] as sums of cosine distances, blurred with a sigma of 4
+        pixels; and their maxima as image scores, ``(B,)``.
+
+    Raises:
+        ValueError: If a score is not finite.
+    """
+    height, width = images.shape[-2:]
+    generator = AnomalyMapGenerator((height, width), mode=AnomalyMapGenerationMode.ADD)
+    with torch.autocast(images.device.type, enabled=False):
+        given = [level.float() for student in students for level in student]
+        # The blur is linear, so that the mean of maps is the map of all levels.
+        anomaly_map = generator(given, [level.float() for level in teacher] * len(students)) / len(students)
+        pred_score = anomaly_map.amax(dim=(1, 2, 3))
+    if not torch.compiler.is_compiling() and not torch.isfinite(pred_score).all():
+        bad = (~torch.isfinite(pred_score)).nonzero().flatten().tolist()
+        msg = f"Images {bad} of the batch give scores that are not finite; look for NaN in the weights of the model."
+        raise ValueError(msg)
+    return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
+
+
+class DistillationModule(LightningModule):
+    """Life in a trainer of a model with :class:`Teacher` modules. To be named before ``AnomalibModule`` as base.
+
+    Attributes:
+        backbone: Name of the teacher that is reconstructed.
+        save_teachers: Whether checkpoints hold the teachers' weights. Without them, they are those of the model that
+            a checkpoint is loaded into, which must be the same.
+        sized: Ends of the names of tensors of the size of maps, which comes with a checkpoint, as its pre-processor.
+    """
+
+    model: nn.Module
+    backbone: str
+    save_teachers: bool
+    sized: tuple[str, ...] = ()
+    _resumed_from: str | None = None
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Nothing is judged before the first step."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learns from normal images."""
+        return LearningType.ONE_CLASS
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's callbacks, and one that names unreadable images."""
+        return [*cast("list[Callback]", super().configure_callbacks()), UnreadableImages()]
+
+    def setup(self, stage: str) -> None:
+        """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
+        if stage == TrainerFn.FITTING:
+            prepare_fit(self.trainer)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what is learned: all but the teachers."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    # Steps
+
+    def learn(self, batch: Batch, batch_idx: int, loss: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Check a training batch, and return and log its loss.
+
+        Args:
+            batch: Batch of normal images.
+            batch_idx: Its number in the epoch.
+            loss: Gives the loss of images of shape ``(B, 3, H, W)``.
+
+        Raises:
+            ValueError: If the images cannot be learned, or come one by one.
+        """
+        check_files(getattr(batch, "image_path", None))
+        images = cast("torch.Tensor", batch.image)
+        check_images(images)
+        if len(images) == 1 and batch_idx == 0:  # the last batch of an epoch may be smaller than the others
+            msg = (
+                "The batches have one image, whose statistics batch normalisation would take for those of all images. "
+                "Set train_batch_size of the datamodule to 2 or more, and give at least 2 images."
+            )
+            raise ValueError(msg)
+        value = loss(images)
+        if not torch.isfinite(value):
+            msg = f"The loss is {float(value)}. Train with precision 32-true or bf16-mixed, or a lower learning rate."
+            raise ValueError(msg)
+        self.log("train_loss", value.detach(), on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True)
+        return value
+
+    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+        """Score a batch."""
+        del args, kwargs
+        return self._judge(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
+        """Score a batch."""
+        del batch_idx, args, kwargs
+        return self._judge(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Score a batch."""
+        del batch_idx, dataloader_idx
+        return self._judge(batch)
+
+    def _judge(self, batch: Batch) -> Batch:
+        check_files(getattr(batch, "image_path", None))
+        return batch.update(**self.model(batch.image)._asdict())
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the teachers out, if that is wanted, and add the state of the random numbers."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rng_state"] = torch.get_rng_state()
+        if not self.save_teachers:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {key: value for key, value in state.items() if not self._is_teachers(key)}
+            checkpoint["teachers"] = self._digest()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not fit, before anything of it is taken over; go on as if never stopped.
+
+        Raises:
+            ValueError: If the checkpoint is of another model, backbone or teacher.
+        """
+        trainer = self._trainer
+        path = str(trainer.ckpt_path) if trainer is not None else None
+        if trainer is not None and trainer.state.fn == TrainerFn.TESTING and path == self._resumed_from:
+            # `Engine.train` tests with the checkpoint that it started from; going back there would lose the learned.
+            logger.warning("Testing what was learned on top of %s; load it into a new model to test it alone.", path)
+            checkpoint["state_dict"] = self.state_dict()
+            checkpoint.pop("callbacks", None)
+            self._resumed_from = None
+            return
+        if "teachers" in checkpoint:
+            own = {key: value for key, value in self.state_dict().items() if self._is_teachers(key)}
+            checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
+        self._check_state(checkpoint["state_dict"], checkpoint.get("hyper_parameters", {}))
+        if "teachers" in checkpoint and checkpoint["teachers"] != self._digest():
+            msg = (
+                "The checkpoint holds no teachers, and was made with other weights of theirs than this model has. Make "
+                "the model with the weights that it was trained with (weights=PATH)."
+            )
+            raise ValueError(msg)
+        super().on_load_checkpoint(checkpoint)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._resumed_from = path
+            torch.set_rng_state(checkpoint["rng_state"].cpu())
+
+    def _check_state(self, state: Mapping[str, torch.Tensor], made_with: Mapping[str, Any]) -> None:
+        def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+            found = {key: value.shape for key, value in tensors.items() if key.startswith("model.")}
+            return {key: shape[:-2] if key.endswith(self.sized) else shape for key, shape in found.items()}
+
+        own, given = shapes(self.state_dict()), shapes(state)
+        missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+        reshaped = [key for key in sorted(own.keys() & given.keys()) if own[key] != given[key]]
+        other_backbone = made_with.get("backbone", self.backbone) != self.backbone
+        if not (missing or unknown or reshaped or other_backbone):
+            return
+        parts = [
+            f"{len(keys)} tensors {what}, such as {keys[0]}"
+            for keys, what in ((missing, "are missing"), (unknown, "are unknown"), (reshaped, "have other shapes"))
+            if keys
+        ]
+        differing = [
+            f"{key}={made_with[key]!r} (here {self.hparams[key]!r})"
+            for key in self.hparams
+            if key in made_with and made_with[key] != self.hparams[key]
+        ]
+        msg = (
+            f"The checkpoint does not fit this {type(self).__name__}: {'; '.join(parts) or 'another backbone'}. "
+            + (f"It was made with {', '.join(differing)}. " if differing else "")
+            + "Load it with a model like the one that it was made with."
+        )
+        raise ValueError(msg)
+
+    def _is_teachers(self, key: str) -> bool:
+        return any(isinstance(part, Teacher) and key.startswith(f"{name}.") for name, part in self.named_modules())
+
+    def _digest(self) -> str:
+        """Return what tells whether teachers are the same."""
+        digest = hashlib.sha256()
+        for part in self.modules():
+            if isinstance(part, Teacher):
+                for tensor in part.state_dict().values():
+                    digest.update(tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    # Export
+
+    def to_openvino(
+        self,
+        export_root: str | Path,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,
+        max_drop: float = 0.01,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+    ) -> Path:
+        """Write a folder with the graph and its description to `export_root/weights/openvino`.
+
+        Args:
+            export_root: Folder of exports.
+            model_file_name: Must be ``model``.
+            input_size: Height and width of the images; those of the pre-processor if not given.
+            compression_type: As for :func:`anomalib_ext.export.export_bundle`.
+            datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
+            metric: Not used; image AUROC and F1 are compared.
+            task: Not used.
+            max_drop: Largest loss of AUROC or F1 by compression.
+            ov_kwargs: Arguments of ``openvino.convert_model``; ``{"input": [1, 3, H, W]}`` fixes the batch size.
+            onnx_kwargs: Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path of ``model.xml``.
+
+        Raises:
+            ValueError: If an argument does not fit, or compression loses more than allowed. An older folder remains.
+        """
+        del metric, task
+        if model_file_name != "model":
+            msg = f"The folder holds its graph in model.xml, not in {model_file_name}.xml; name the folder instead."
+            raise ValueError(msg)
+        return export_bundle(
+            cast("Any", self.eval()),
+            _bundle_of,
+            export_root,
+            input_size=input_size,
+            compression_type=compression_type,
+            datamodule=datamodule,
+            max_drop=max_drop,
+            ov_kwargs=ov_kwargs,
+            onnx_kwargs=onnx_kwargs,
+        )
+
+
+def check_save_teachers(save_teachers: bool, pre_trained: bool) -> None:
+    """Refuse to leave teachers out of checkpoints that could not be made again.
+
+    Raises:
+        ValueError: If they are random.
+    """
+    if not (save_teachers or pre_trained):
+        msg = "save_teachers=False needs pretrained teachers: random ones would be lost with the model."
+        raise ValueError(msg)
+
+
+class _Graph(nn.Module):
+    """A model as it is exported."""
+
+    def __init__(self, owner: DistillationModule) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Judge images of shape ``(B, 3, H, W)`` in [0, 1]."""
+        return {name: value for name, value in self.owner(images)._asdict().items() if value is not None}
+
+
+def _bundle_of(owner: DistillationModule, size: tuple[int, int]) -> Bundle:
+    del size  # the pre-processor resizes
+    return Bundle(graph=_Graph(owner), metadata={"backbone": owner.backbone})

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of exported distillation models: the same scores, maps and decisions as in torch."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from anomalib.deploy import ExportType, TorchInferencer
+from anomalib.models.components import AnomalibModule
+
+from anomalib_ext.models import HetNet, RdAkf
+
+Make = Callable[..., Any]
+
+SIZE = (64, 64)
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+COMMON = {"backbone": "resnet18", "pre_trained": False, "visualizer": False}
+
+
+def rd_akf(weighting: str) -> RdAkf:
+    """Return a small RdAkf."""
+    return RdAkf(weighting=weighting, pre_processor=RdAkf.configure_pre_processor(SIZE), **COMMON)
+
+
+def het_net() -> HetNet:
+    """Return a small HetNet, whose transformer was made for another size of images."""
+    return HetNet(
+        transformer="test_vit",
+        transformer_pre_trained=False,
+        noise="randn",
+        pre_processor=HetNet.configure_pre_processor(SIZE),
+        **COMMON,
+    )
+
+
+def prepared(model: AnomalibModule) -> AnomalibModule:
+    """Return the model with batch normalisation and thresholds that are not those of the start."""
+    with torch.no_grad():
+        model.model.train()(torch.rand(4, 3, *SIZE))
+        scores = model.eval().model(torch.rand(4, 3, *SIZE)).pred_score
+        for kind in ("image", "pixel"):
+            getattr(model.post_processor, f"_{kind}_threshold").fill_(float(scores.mean()))
+            getattr(model.post_processor, f"{kind}_min").fill_(0.0)
+            getattr(model.post_processor, f"{kind}_max").fill_(float(scores.max()) * 2)
+    return model
+
+
+def assert_same(path: Path, images: torch.Tensor, model: AnomalibModule) -> None:
+    """Run an exported file in OpenVINO on one image and on all, and compare with torch."""
+    compiled = ov.Core().compile_model(path, "CPU", EXACT)
+    with torch.no_grad():
+        for batch in (images[:1], images):
+            expected = {name: value.numpy() for name, value in model(batch)._asdict().items() if value is not None}
+            result = {next(iter(output.names)): value for output, value in compiled(batch.numpy()).items()}
+            assert set(result) == set(expected) == {"pred_score", "pred_label", "anomaly_map", "pred_mask"}
+            for name in ("pred_score", "anomaly_map"):
+                assert result[name].shape == expected[name].shape
+                assert np.abs(result[name] - expected[name]).max() < 1e-4, name
+            assert np.array_equal(result["pred_label"], expected["pred_label"])
+            assert (result["pred_mask"] != expected["pred_mask"]).mean() < 1e-3
+
+
+@pytest.mark.parametrize("make", [lambda: rd_akf("position"), het_net])
+def test_openvino(make: Make, make_engine: Make, tmp_path: Path) -> None:
+    """The folder says the same as torch, for one image and for several, and what it was made from."""
+    model = prepared(make())
+    path = make_engine().export(model, ExportType.OPENVINO, export_root=tmp_path)
+    assert_same(path, torch.rand(3, 3, *SIZE), model)
+    metadata = json.loads((path.parent / "metadata.json").read_text())
+    assert (metadata["model"], metadata["backbone"]) == (type(model).__name__, "resnet18")
+
+
+def test_onnx(make_engine: Make, tmp_path: Path) -> None:
+    """So does Anomalib's own export; the OpenVINO model of the other test was converted from the same graph."""
+    model = prepared(rd_akf("content"))
+    path = make_engine().export(model, ExportType.ONNX, export_root=tmp_path, input_size=SIZE)
+    assert_same(path, torch.rand(3, 3, *SIZE), model)
+
+
+@pytest.mark.parametrize("make", [lambda: rd_akf("position"), het_net])
+def test_torch(make: Make, make_engine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the file for Anomalib's inferencer."""
+    model = prepared(make())
+    image = torch.rand(3, *SIZE)
+    path = make_engine().export(model, ExportType.TORCH, export_root=tmp_path)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    result = TorchInferencer(path, device="cpu").predict(image)
+    assert result.pred_score.item() == pytest.approx(model(image[None]).pred_score.item(), abs=1e-5)
+
+
+def test_another_file_name_is_refused(tmp_path: Path) -> None:
+    """The edge PC finds the graph by its name."""
+    with pytest.raises(ValueError, match="name the folder instead"):
+        rd_akf("content").to_openvino(tmp_path, "other")
