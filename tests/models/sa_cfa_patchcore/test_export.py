@@ -91,7 +91,7 @@ def test_openvino(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """So does the folder, which says what it is; Anomalib's inferencer takes it, the one that learns refuses it."""
+    """So does the folder, which says what it is; Anomalib's inferencer and the edge runtime judge by it."""
     path = make_engine().export(model, ExportType.OPENVINO, export_root=tmp_path)
     assert_same(path, images, expected)
     metadata = json.loads((path.parent / "metadata.json").read_text())
@@ -102,8 +102,12 @@ def test_openvino(
     monkeypatch.chdir(tmp_path)  # the inferencer caches in the working folder
     result = OpenVINOInferencer(path, "CPU", EXACT).predict(products / "stripes/test/hole/000.png")
     assert result.pred_label.item()
-    with pytest.raises(BundleError):
-        EdgeDetector(path.parent)
+    detector = EdgeDetector(path.parent)
+    judged = detector.predict(products / "stripes/test/hole/000.png")
+    assert judged.pred_score == pytest.approx(result.pred_score.item(), abs=1e-3)
+    assert np.abs(judged.anomaly_map - result.anomaly_map.squeeze()).max() < 1e-3
+    with pytest.raises(BundleError, match="SaCfaPatchCore has no memory bank, so it cannot learn here"):
+        detector.learn([products / "stripes/test/good/000.png"], variant="stripes")
 
 
 def test_half_precision(
