@@ -178,7 +178,7 @@ def run(settings: Settings, name: str, product: str, seed: int) -> list[dict[str
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
         rows = []
-        for student in ("both", "sr", "sd") if isinstance(model, HetNet) else ("",):
+        for student in ("sr", "sd", "both") if isinstance(model, HetNet) else ("",):
             if student:
                 model.model.score_from = student
             kinds = {"clean": None, **(_transforms() if settings.perturbed else {})}
