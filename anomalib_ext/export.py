@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from anomalib import TaskType
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from numpy.typing import NDArray
 from torch import nn
+from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc, binary_f1_score
 from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 from torchvision.transforms.v2.functional import resize
@@ -60,6 +62,76 @@ class Bundle:
     tables: Mapping[str, tuple[str, NDArray[Any]]] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class WholeGraph(nn.Module):
+    """A model with its pre- and post-processor, from images of shape `(B, 3, H, W)` in [0, 1] to outputs by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Judge images."""
+        return {name: value for name, value in self.model(images)._asdict().items() if value is not None}
+
+
+class BundleExport(nn.Module):
+    """Exports a model to OpenVINO as a bundle. To be named before `AnomalibModule` as base."""
+
+    def bundle(self, size: tuple[int, int]) -> Bundle:
+        """What the model brings to its bundle, for images of a height and width."""
+        raise NotImplementedError
+
+    def to_openvino(
+        self,
+        export_root: str | Path,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,
+        max_drop: float = 0.01,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+    ) -> Path:
+        """Write a bundle, with which an edge PC inspects, to `export_root/weights/openvino`; see :func:`export_bundle`.
+
+        Args:
+            export_root: Folder of exports.
+            model_file_name: Must be ``model``, by which the edge PC finds the graph.
+            input_size: Height and width of the images; those of the pre-processor if not given.
+            compression_type: As for :func:`export_bundle`.
+            datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
+            metric: Not used; image AUROC and F1 are compared.
+            task: Not used.
+            max_drop: Largest loss of AUROC or F1 by compression.
+            ov_kwargs: Arguments of ``openvino.convert_model``; ``{"input": [1, 3, H, W]}`` fixes the batch size.
+            onnx_kwargs: Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path of ``model.xml``.
+
+        Raises:
+            RuntimeError: If a model that judges by what it has learned has learned nothing.
+            ValueError: If an argument does not fit, or compression loses more than allowed. An older bundle remains.
+        """
+        del metric, task
+        if model_file_name != "model":
+            msg = f"A bundle holds its graph in model.xml, not in {model_file_name}.xml; name its folder instead."
+            raise ValueError(msg)
+        return export_bundle(
+            cast("AnomalibModule", self.eval()),
+            type(self).bundle,
+            export_root,
+            input_size=input_size,
+            compression_type=compression_type,
+            datamodule=datamodule,
+            max_drop=max_drop,
+            ov_kwargs=ov_kwargs,
+            onnx_kwargs=onnx_kwargs,
+        )
 
 
 class _WithInputs(nn.Module):

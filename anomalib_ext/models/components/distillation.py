@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib import LearningType, TaskType
-from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
-from anomalib.deploy import CompressionType
+from anomalib import LearningType
+from anomalib.data import Batch, InferenceBatch
 from anomalib.models.components.backbone import get_decoder
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode, AnomalyMapGenerator
 from anomalib.models.image.reverse_distillation.components import get_bottleneck_layer
@@ -23,9 +22,8 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
-from torchmetrics import Metric
 
-from anomalib_ext.export import Bundle, export_bundle
+from anomalib_ext.export import Bundle, BundleExport, WholeGraph
 
 from .backbone import load_backbone
 from .training import UnreadableImages, check_files, prepare_fit
@@ -226,7 +224,7 @@ def judge(
     return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
 
 
-class DistillationModule(LightningModule):
+class DistillationModule(BundleExport, LightningModule):
     """Life in a trainer of a model with :class:`Teacher` modules. To be named before ``AnomalibModule`` as base.
 
     Attributes:
@@ -240,7 +238,7 @@ class DistillationModule(LightningModule):
     backbone: str
     save_teachers: bool
     sized: tuple[str, ...] = ()
-    _resumed_from: str | None = None
+    _resumed_from: tuple[int, str] | None = None  # a trainer's id, for models are copied without trainers
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -331,13 +329,13 @@ class DistillationModule(LightningModule):
             ValueError: If the checkpoint is of another model, backbone or teacher.
         """
         trainer = self._trainer
-        path = str(trainer.ckpt_path) if trainer is not None else None
-        if trainer is not None and trainer.state.fn == TrainerFn.TESTING and path == self._resumed_from:
+        came_from, self._resumed_from = self._resumed_from, None
+        asked = (id(trainer), str(trainer.ckpt_path)) if trainer is not None else None
+        if trainer is not None and trainer.state.fn == TrainerFn.TESTING and asked == came_from:
             # `Engine.train` tests with the checkpoint that it started from; going back there would lose the learned.
-            logger.warning("Testing what was learned on top of %s; load it into a new model to test it alone.", path)
+            logger.warning("Testing what was learned on top of %s; load it apart to test it alone.", trainer.ckpt_path)
             checkpoint["state_dict"] = self.state_dict()
             checkpoint.pop("callbacks", None)
-            self._resumed_from = None
             return
         if "teachers" in checkpoint:
             own = {key: value for key, value in self.state_dict().items() if self._is_teachers(key)}
@@ -351,7 +349,7 @@ class DistillationModule(LightningModule):
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._resumed_from = path
+            self._resumed_from = asked
             torch.set_rng_state(checkpoint["rng_state"].cpu())
 
     def _check_state(self, state: Mapping[str, torch.Tensor], made_with: Mapping[str, Any]) -> None:
@@ -396,54 +394,10 @@ class DistillationModule(LightningModule):
 
     # Export
 
-    def to_openvino(
-        self,
-        export_root: str | Path,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        metric: Metric | None = None,
-        task: TaskType | None = None,
-        max_drop: float = 0.01,
-        ov_kwargs: dict[str, Any] | None = None,
-        onnx_kwargs: dict[str, Any] | None = None,
-    ) -> Path:
-        """Write a folder with the graph and its description to `export_root/weights/openvino`.
-
-        Args:
-            export_root: Folder of exports.
-            model_file_name: Must be ``model``.
-            input_size: Height and width of the images; those of the pre-processor if not given.
-            compression_type: As for :func:`anomalib_ext.export.export_bundle`.
-            datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
-            metric: Not used; image AUROC and F1 are compared.
-            task: Not used.
-            max_drop: Largest loss of AUROC or F1 by compression.
-            ov_kwargs: Arguments of ``openvino.convert_model``; ``{"input": [1, 3, H, W]}`` fixes the batch size.
-            onnx_kwargs: Arguments of ``torch.onnx.export``.
-
-        Returns:
-            Path of ``model.xml``.
-
-        Raises:
-            ValueError: If an argument does not fit, or compression loses more than allowed. An older folder remains.
-        """
-        del metric, task
-        if model_file_name != "model":
-            msg = f"The folder holds its graph in model.xml, not in {model_file_name}.xml; name the folder instead."
-            raise ValueError(msg)
-        return export_bundle(
-            cast("Any", self.eval()),
-            _bundle_of,
-            export_root,
-            input_size=input_size,
-            compression_type=compression_type,
-            datamodule=datamodule,
-            max_drop=max_drop,
-            ov_kwargs=ov_kwargs,
-            onnx_kwargs=onnx_kwargs,
-        )
+    def bundle(self, size: tuple[int, int]) -> Bundle:
+        """What the model brings to its bundle, which resizes by itself."""
+        del size
+        return Bundle(graph=WholeGraph(self), metadata={"backbone": self.backbone})
 
 
 def check_save_teachers(save_teachers: bool, pre_trained: bool) -> None:
@@ -455,20 +409,3 @@ def check_save_teachers(save_teachers: bool, pre_trained: bool) -> None:
     if not (save_teachers or pre_trained):
         msg = "save_teachers=False needs pretrained teachers: random ones would be lost with the model."
         raise ValueError(msg)
-
-
-class _Graph(nn.Module):
-    """A model as it is exported."""
-
-    def __init__(self, owner: DistillationModule) -> None:
-        super().__init__()
-        self.owner = owner
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Judge images of shape ``(B, 3, H, W)`` in [0, 1]."""
-        return {name: value for name, value in self.owner(images)._asdict().items() if value is not None}
-
-
-def _bundle_of(owner: DistillationModule, size: tuple[int, int]) -> Bundle:
-    del size  # the pre-processor resizes
-    return Bundle(graph=_Graph(owner), metadata={"backbone": owner.backbone})

@@ -12,10 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from anomalib import LearningType, TaskType
-from anomalib.data import AnomalibDataModule, Batch, ImageBatch, InferenceBatch
+from anomalib import LearningType
+from anomalib.data import Batch, ImageBatch, InferenceBatch
 from anomalib.data.utils import read_image
-from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -26,9 +25,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from numpy.typing import NDArray
 from torch import nn
-from torchmetrics import Metric
 
-from anomalib_ext.export import export_bundle
+from anomalib_ext.export import Bundle, BundleExport
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.training import SMALLEST_SIDE, UnreadableImages, check_files, prepare_fit
 
@@ -41,7 +39,7 @@ from .views import FEW_IMAGES, are_few, calibrate_from_views
 logger = logging.getLogger(__name__)
 
 
-class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of Lightning and Anomalib
+class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most are hooks of Lightning and Anomalib
     """PatchCore that learns product after product within a fixed memory budget.
 
     Every ``Engine.fit`` on the same model, every ``--ckpt_path`` given to ``anomalib train`` or ``fit``, and every
@@ -168,56 +166,9 @@ class ContinualPatchCore(AnomalibModule):  # noqa: PLR0904  # most are hooks of 
             return InferenceBatch(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
         return predictions
 
-    def to_openvino(
-        self,
-        export_root: str | Path,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        metric: Metric | None = None,
-        task: TaskType | None = None,
-        max_drop: float = 0.01,
-        ov_kwargs: dict[str, Any] | None = None,
-        onnx_kwargs: dict[str, Any] | None = None,
-    ) -> Path:
-        """Write a bundle, with which an edge PC inspects and goes on learning, to `export_root/weights/openvino`.
-
-        Args:
-            export_root: Folder of exports.
-            model_file_name: Must be ``model``, by which the edge PC finds the graph.
-            input_size: Height and width of the images; those of the pre-processor if not given.
-            compression_type: ``FP16`` halves the bytes of the backbone's weights, ``INT8_PTQ`` and ``INT8_ACQ``
-                quantise the backbone, ``INT8`` its weights alone. Bank and scores stay as they are.
-            datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
-            metric: Not used; image AUROC and F1 are compared.
-            task: Not used.
-            max_drop: Largest loss of AUROC or F1 by compression.
-            ov_kwargs: Arguments of ``openvino.convert_model``; ``{"input": [1, 3, H, W]}`` fixes the batch size.
-            onnx_kwargs: Arguments of ``torch.onnx.export``.
-
-        Returns:
-            Path of ``model.xml``.
-
-        Raises:
-            RuntimeError: If nothing was learned yet.
-            ValueError: If an argument does not fit, or compression loses more than allowed. An older bundle remains.
-        """
-        del metric, task
-        if model_file_name != "model":
-            msg = f"A bundle holds its graph in model.xml, not in {model_file_name}.xml; name its folder instead."
-            raise ValueError(msg)
-        return export_bundle(
-            self.eval(),
-            bundle_of,
-            export_root,
-            input_size=input_size,
-            compression_type=compression_type,
-            datamodule=datamodule,
-            max_drop=max_drop,
-            ov_kwargs=ov_kwargs,
-            onnx_kwargs=onnx_kwargs,
-        )
+    def bundle(self, size: tuple[int, int]) -> Bundle:
+        """What the model brings to its bundle, for images of a height and width."""
+        return bundle_of(self, size)
 
     # Learning
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib import LearningType, TaskType
-from anomalib.data import AnomalibDataModule, Batch, ImageBatch
-from anomalib.deploy import CompressionType
+from anomalib import LearningType
+from anomalib.data import Batch, ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -19,9 +18,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
-from torchmetrics import Metric
 
-from anomalib_ext.export import Bundle, export_bundle
+from anomalib_ext.export import Bundle, BundleExport, WholeGraph
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.training import UnreadableImages, check_files, prepare_fit
 
@@ -30,7 +28,7 @@ from .torch_model import SaCfaPatchCoreModel
 logger = logging.getLogger(__name__)
 
 
-class SaCfaPatchCore(AnomalibModule):
+class SaCfaPatchCore(BundleExport, AnomalibModule):
     """PatchCore with self-attention over deep features (SA) and channel aggregation (CFA).
 
     After Li Bing et al., DOI 10.19651/j.cnki.emt.2518329. With ``attention_ratio=0`` and ``reduction_ratio=1`` it is
@@ -137,55 +135,17 @@ class SaCfaPatchCore(AnomalibModule):
         """Learns from normal images."""
         return LearningType.ONE_CLASS
 
-    def to_openvino(
-        self,
-        export_root: str | Path,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        metric: Metric | None = None,
-        task: TaskType | None = None,
-        max_drop: float = 0.01,
-        ov_kwargs: dict[str, Any] | None = None,
-        onnx_kwargs: dict[str, Any] | None = None,
-    ) -> Path:
-        """Write a folder with the graph and its description to `export_root/weights/openvino`.
-
-        Args:
-            export_root: Folder of exports.
-            model_file_name: Must be ``model``.
-            input_size: Height and width of the images; those of the pre-processor if not given.
-            compression_type: As for :func:`anomalib_ext.export.export_bundle`, of backbone and memory bank.
-            datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
-            metric: Not used; image AUROC and F1 are compared.
-            task: Not used.
-            max_drop: Largest loss of AUROC or F1 by compression.
-            ov_kwargs: Arguments of ``openvino.convert_model``; ``{"input": [1, 3, H, W]}`` fixes the batch size.
-            onnx_kwargs: Arguments of ``torch.onnx.export``.
-
-        Returns:
-            Path of ``model.xml``.
-
-        Raises:
-            RuntimeError: If nothing was learned yet.
-            ValueError: If an argument does not fit, or compression loses more than allowed. An older folder remains.
-        """
-        del metric, task
-        if model_file_name != "model":
-            msg = f"The folder holds its graph in model.xml, not in {model_file_name}.xml; name the folder instead."
-            raise ValueError(msg)
-        return export_bundle(
-            self.eval(),
-            _bundle_of,
-            export_root,
-            input_size=input_size,
-            compression_type=compression_type,
-            datamodule=datamodule,
-            max_drop=max_drop,
-            ov_kwargs=ov_kwargs,
-            onnx_kwargs=onnx_kwargs,
-        )
+    def bundle(self, size: tuple[int, int]) -> Bundle:
+        """What the model brings to its bundle; nothing in it depends on the size of the images."""
+        del size
+        embedding = self.model.embedding
+        metadata = {
+            **embedding.origin,
+            "attention_ratio": embedding.attention_ratio,
+            "reduction_ratio": embedding.dimension / sum(embedding.out_dims),
+            "num_neighbors": self.model.num_neighbors,
+        }
+        return Bundle(graph=WholeGraph(self), metadata=metadata)
 
     # Learning
 
@@ -273,28 +233,3 @@ class SaCfaPatchCore(AnomalibModule):
             )
             raise ValueError(msg)
         self.model.embedding.check_state(state)
-
-
-class _Graph(nn.Module):
-    """The model as it is exported."""
-
-    def __init__(self, owner: SaCfaPatchCore) -> None:
-        super().__init__()
-        self.owner = owner
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Judge images of shape ``(B, 3, H, W)`` in [0, 1]."""
-        return {name: value for name, value in self.owner(images)._asdict().items() if value is not None}
-
-
-def _bundle_of(owner: SaCfaPatchCore, size: tuple[int, int]) -> Bundle:
-    """What a model brings to its export; nothing in it depends on the size of the images."""
-    del size
-    embedding = owner.model.embedding
-    metadata = {
-        **embedding.origin,
-        "attention_ratio": embedding.attention_ratio,
-        "reduction_ratio": embedding.dimension / sum(embedding.out_dims),
-        "num_neighbors": owner.model.num_neighbors,
-    }
-    return Bundle(graph=_Graph(owner), metadata=metadata)

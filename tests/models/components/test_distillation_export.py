@@ -95,5 +95,5 @@ def test_torch(make: Make, make_engine: Make, tmp_path: Path, monkeypatch: pytes
 
 def test_another_file_name_is_refused(tmp_path: Path) -> None:
     """The edge PC finds the graph by its name."""
-    with pytest.raises(ValueError, match="name the folder instead"):
+    with pytest.raises(ValueError, match="name its folder instead"):
         rd_akf("content").to_openvino(tmp_path, "other")
