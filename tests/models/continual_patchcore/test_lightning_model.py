@@ -270,9 +270,8 @@ def test_reports_each_update(
     assert {"memory/vectors", "memory/radius_bound"} <= set(shown)
     table = next((tmp_path / "csv").rglob("metrics.csv")).read_text()
     assert set(expected) <= set(table.splitlines()[0].split(","))
-    assert (
-        f"learned checks: 20 images (0 known already); vectors added {report.added['checks']}, removed" in caplog.text
-    )
+    added = f"vectors added {report.added['checks']} of checks, removed"
+    assert f"learned checks: 20 images (0 known already); {added}" in caplog.text
 
 
 def test_training_mode_learns_what_evaluation_sees(make_model: Make, products: Path) -> None:
