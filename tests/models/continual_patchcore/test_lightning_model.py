@@ -817,8 +817,8 @@ def test_bad_images(images: Any, message: str, model: ContinualPatchCore) -> Non
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_floats(dtype: torch.dtype, model: ContinualPatchCore, products: Path) -> None:
     """Images of any float type are learned."""
-    images = tensors_of(products, "stripes")[:1].to(dtype)
-    assert model.partial_fit(images, "other").variants == {"other": 1}
+    images = tensors_of(products, "checks")[:1].to(dtype)
+    assert model.partial_fit(images, "checks").variants == {"checks": 1}
 
 
 def write_bad_files(folder: Path) -> dict[str, str]:
