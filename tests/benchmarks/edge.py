@@ -96,7 +96,10 @@ def compare_latency(folder: Path, images: list[Path], rounds: int) -> None:
         print(f"{name}: {size / 1e6:.1f} MB")
     for name, (median, shortest) in found.items():
         print(f"{name}: median {median:.1f} ms ({median / base[0]:.2f}), shortest {shortest:.1f} ms", flush=True)
-    patches = [detector._model(tensor[0]).reshape(-1, detector._model.dimension) for tensor in tensors]
+    patches = [
+        detector._model(tensor[0])["embedding"].reshape(-1, detector._model.last_dimension) for tensor in tensors
+    ]
+    assert detector._knowledge is not None
     search = detector._knowledge.search
     parts = medians({"search": lambda: search.search(patches[next(turn) % len(patches)])}, rounds)
     print(f"of it, search: median {parts['search'][0]:.1f} ms, shortest {parts['search'][1]:.1f} ms")
