@@ -5,6 +5,7 @@ PatchCore (arXiv 2106.08265) that goes on learning, after arXiv 2512.13497, of w
 available; the update rule, the thresholds by variant and the one-shot views are ours. See the README beside this file.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.training import SMALLEST_SIDE, UnreadableImages, check_files, prepare_fit
 
 from .graph import bundle_of
-from .memory_bank import Report, Variant
+from .memory_bank import MemoryBank, Report
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
 from .views import FEW_IMAGES, are_few, calibrate_from_views
@@ -79,7 +80,7 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
     """
 
     model: ContinualPatchCoreModel
-    _known: tuple[dict[str, Variant], NDArray[np.int64]] | None  # variants and image hashes before an update
+    _known: tuple[MemoryBank, MemoryBank | None] | None  # bank before an update, and what the update went on with
     _waiting: list[torch.Tensor]  # batches, until it is clear whether they are few
     _recent: dict[str, list[torch.Tensor]]  # last learned images by variant
     _validated: set[str]  # variants
@@ -274,11 +275,12 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
         self._waiting, self._recent, self._validated, self._calibration = [], {}, set(), []
 
     def _begin(self) -> None:
-        """Begin an update, from what is known now."""
+        """Begin an update, with a copy of what is known."""
         self._reset()
-        bank = self.model.bank
-        bank.flush()
-        self._known = bank.variants, bank.image_hashes
+        model = self.model
+        self._known = model.bank, model.interrupted
+        model.bank = copy.deepcopy(model.bank if model.interrupted is None else model.interrupted)
+        model.interrupted = None
 
     def _are_few(self, images: int, variant: str | None) -> bool:
         return self.one_shot and are_few(self.model.bank, variant, images)
@@ -295,9 +297,7 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
         """Forget what was learned since the beginning of an update that is under way."""
         if self._known is None:
             return
-        bank = self.model.bank
-        bank.discard()
-        bank.variants, bank.image_hashes = self._known
+        self.model.bank, self.model.interrupted = self._known
         self._reset()
         self.model.refresh()
         self._refresh()
@@ -427,14 +427,14 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
         """Load weights and bank, or nothing if they do not fit; thresholds follow from the bank."""
         before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
-        bank = self.model.bank
+        known = self.model.bank, self.model.interrupted
         self._read_bank(state_dict)  # first, for differing shapes of the backbone would hide the reason
         try:
             result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         except Exception:
             for tensor, value in before:
                 tensor.data.copy_(value)
-            self.model.bank = bank
+            self.model.bank, self.model.interrupted = known
             self.model.refresh()
             raise
         self._reset()

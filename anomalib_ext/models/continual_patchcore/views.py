@@ -42,8 +42,7 @@ def image_hash(image: Array) -> int:
 
 def are_few(bank: MemoryBank, variant: str | None, images: int = 0) -> bool:
     """Whether `images` and those that the bank has learned of the variant are few."""
-    known = bank.variants.get(variant or "")
-    return images + (known.images if known else 0) <= FEW_IMAGES
+    return images + bank.images(variant or "") <= FEW_IMAGES
 
 
 def augmented_views(image: Array, count: int, seed: int, strength: float = 1.0) -> Array:
