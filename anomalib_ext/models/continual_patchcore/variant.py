@@ -140,7 +140,7 @@ class VariantStream:
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """State as arrays and as plain data, as `MemoryBank.to_arrays`; without `known`, capacity and dtype."""
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "points": self.points,
             "radii": self.radii,
             "covers": self.covers,
