@@ -143,8 +143,8 @@ def run(settings: Settings, name: str, product: str, seed: int, perturbed: bool)
     """Train and test one model, in a process of its own; on perturbed images too if `perturbed`.
 
     Returns:
-        A row for each kind of test images and, with several students, each student: the metrics; seconds a step; peak
-        memory in MiB, resident on a CPU and allocated on a GPU; images a second of the exported model on one thread.
+        A row for each kind of test images and, on clean ones, each student if there are several: the metrics; seconds a
+        step; peak memory in MiB, resident on a CPU and allocated on a GPU; images a second of the export on one thread.
     """
     # The post-processor would only set thresholds.
     seed_everything(seed)
@@ -176,10 +176,11 @@ def run(settings: Settings, name: str, product: str, seed: int, perturbed: bool)
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
         rows = []
-        for student in ("sr", "sd", "both") if isinstance(model, HetNet) else ("",):
+        default = model.model.score_from if isinstance(model, HetNet) else ""
+        for student in sorted(("sr", "sd", "both"), key=default.__eq__) if default else ("",):
             if student:
                 model.model.score_from = student
-            kinds = {"clean": None, **(_transforms() if perturbed else {})}
+            kinds = {"clean": None, **(_transforms() if perturbed and student == default else {})}
             for kind, transform in kinds.items():
                 seed_everything(0)  # the same perturbations for all
                 (result,) = engine.test(model, datamodule=data(test_augmentations=transform), verbose=False)

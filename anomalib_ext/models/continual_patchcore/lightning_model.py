@@ -84,7 +84,8 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
     _waiting: list[torch.Tensor]  # batches, until it is clear whether they are few
     _recent: dict[str, list[torch.Tensor]]  # last learned images by variant
     _validated: set[str]  # variants
-    _calibration: list[tuple[torch.Tensor, torch.Tensor]]  # patches and labels of validation batches
+    # Of validation images by variant: patches that give the score, and whether the image is anomalous.
+    _calibration: dict[str, list[tuple[NDArray[np.float32], bool]]]
 
     def __init__(
         self,
@@ -245,7 +246,7 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""
-        self._calibration = []
+        self._calibration = {}
         self._learn_waiting(self._variant_label)
         self.model.bank.flush()
         self.model.refresh()
@@ -272,7 +273,7 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
     def _reset(self) -> None:
         """Leave nothing of an update behind."""
         self._known, self._few = None, False
-        self._waiting, self._recent, self._validated, self._calibration = [], {}, set(), []
+        self._waiting, self._recent, self._validated, self._calibration = [], {}, set(), {}
 
     def _begin(self) -> None:
         """Begin an update, with a copy of what is known."""
@@ -341,25 +342,15 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
         """Keep what sets the thresholds of the variants that were validated."""
         if not self._calibration:
             return
-        patches, labels = (torch.cat(parts).cpu() for parts in zip(*self._calibration, strict=True))
-        bank = self.model.bank
-        names = list(bank.variants)
-        if self._variant_label is None:  # each image belongs to the variant of most of its patches
-            _, index = self.model.nearest_neighbors(patches.to(self.device))
-            belongs = self.model.owners[index].mode(dim=1).values.cpu()
-        else:
-            known = self._variant_label in names
-            belongs = torch.full((len(labels),), names.index(self._variant_label) if known else -1)
         nan = float("nan")
         pixel = (nan, nan, nan)
         last = self.post_processor
         if isinstance(last, VariantPostProcessor):
             pixel = (float(last.pixel_threshold), float(last.pixel_min), float(last.pixel_max))
-        for position, name in enumerate(names):
-            chosen = belongs == position
-            if chosen.any():
-                bank.calibrate(name, patches[chosen].numpy(), labels[chosen].numpy(), pixel)
-                self._validated.add(name)
+        for name, images in self._calibration.items():
+            patches, labels = zip(*images, strict=True)
+            self.model.bank.calibrate(name, np.stack(patches), np.array(labels), pixel)
+            self._validated.add(name)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -372,8 +363,17 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
         """Score a batch and keep what calibrates the thresholds."""
         del args, kwargs
         embedding, scores = self._judge(batch)
-        if batch.gt_label is not None:
-            self._calibration.append((self.model.calibration_patches(embedding, scores), batch.gt_label.bool()))
+        if batch.gt_label is None:
+            return batch
+        bank = self.model.bank
+        names = list(bank.variants)
+        found = [names[i] for i in cast("Any", batch).variant.tolist()]
+        variants = found if self._variant_label is None else [self._variant_label] * len(found)
+        arrays = (embedding.flatten(1, 2).cpu().numpy(), scores.cpu().numpy())
+        for name, label, patches, distances in zip(variants, batch.gt_label.tolist(), *arrays, strict=True):
+            if name in bank.variants:
+                kept = bank.calibration_patches(name, patches, distances)
+                self._calibration.setdefault(name, []).append((kept, bool(label)))
         return batch
 
     def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:

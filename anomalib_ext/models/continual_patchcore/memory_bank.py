@@ -8,6 +8,7 @@ variants. The rule is ours.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -32,8 +33,9 @@ SCHEMA_VERSION = 1
 MEMBERSHIP = 0.5
 # The pool that vectors are chosen from holds twice the budget, and for small budgets at least this many patches.
 SMALLEST_POOL = 12_288
-# Calibration keeps the patches of an image that score highest, so that its score can be renewed when vectors go.
-CALIBRATION_PATCHES = 8
+# Calibration keeps the patches of an image that score highest, now and once only a share of the vectors is left.
+CALIBRATION_SHARES = (0.5, 0.25, 0.125)
+CALIBRATION_PATCHES = 4 * (1 + len(CALIBRATION_SHARES))
 CALIBRATION_IMAGES = 32  # of each label
 # Squares of larger values, summed over a patch, would leave the range of float32.
 LARGEST_VALUE = 1e15
@@ -82,6 +84,12 @@ def _spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
     if len(indices) <= CALIBRATION_IMAGES:
         return indices
     return indices[np.linspace(0, len(indices) - 1, CALIBRATION_IMAGES).astype(int)]
+
+
+def _highest(scores: Array, count: int) -> NDArray[np.int64]:
+    """Indices of the highest scores; of fewer than `count`, the lowest is repeated, which changes no maximum."""
+    order = np.argsort(-scores, kind="stable")[:count]
+    return np.pad(order, (0, count - len(order)), mode="edge")
 
 
 def equal_scaled_radius(variants: Mapping[str, Variant], size: int) -> dict[str, int]:
@@ -325,6 +333,32 @@ class MemoryBank:
             self._report.variants[name] += variant.images
         return self.commit()
 
+    def calibration_patches(self, variant: str, patches: Array, scores: Array) -> Array:
+        """Patches by which the score of an image can be renewed when vectors are cut.
+
+        The last vectors of a variant are cut first, so it is known which ones will be left. Kept are the patches that
+        score highest by all vectors, by the first half of the variant's, by a quarter and by an eighth (ours).
+
+        Args:
+            variant: Name of the variant.
+            patches: Patch embeddings of one image, shape `(n, d)`.
+            scores: Distance of each to the nearest vector of the bank, shape `(n,)`.
+
+        Returns:
+            Shape `(CALIBRATION_PATCHES, d)`.
+        """
+        vectors = self.variants[variant].vectors
+        each = CALIBRATION_PATCHES // (1 + len(CALIBRATION_SHARES))
+        chosen = [_highest(scores, each)]
+        distances, first = np.full(len(patches), np.inf, np.float32), 0
+        for share in reversed(CALIBRATION_SHARES):
+            last = math.ceil(share * len(vectors))
+            if last > first:
+                distances = np.minimum(distances, nearest(patches, vectors[first:last])[0])
+            chosen.append(_highest(distances, each))
+            first = last
+        return patches[np.concatenate(chosen)]
+
     def calibrate(
         self,
         variant: str,
@@ -337,7 +371,7 @@ class MemoryBank:
 
         Args:
             variant: Name of a variant in the bank.
-            patches: Highest scoring patches of each image, shape `(n, CALIBRATION_PATCHES, d)`.
+            patches: What :meth:`calibration_patches` gave for each image, shape `(n, CALIBRATION_PATCHES, d)`.
             labels: Whether each image is anomalous, shape `(n,)`.
             pixel: Pixel threshold, minimum and maximum of the anomaly maps of these images.
             reach: Score that normal images are known to have; thresholds are raised to it.

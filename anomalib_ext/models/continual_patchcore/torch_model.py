@@ -14,7 +14,7 @@ from torch import nn
 from anomalib_ext.models.components import patchcore
 from anomalib_ext.models.components.backbone import load_backbone
 
-from .memory_bank import CALIBRATION_PATCHES, MemoryBank
+from .memory_bank import MemoryBank
 from .tables import bank_tables, variant_capacity
 from .views import NUM_VIEWS, augmented_views, image_hash
 
@@ -190,23 +190,6 @@ class ContinualPatchCoreModel(nn.Module):
                 views = self.embed(augmented.to(images)).flatten(0, 2).cpu().numpy()
             names[i] = self.bank.learn(embedding.flatten(0, 1).cpu().numpy(), variant, hashes[i], views)
         return names
-
-    @staticmethod
-    def calibration_patches(embedding: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Highest scoring patches of each image.
-
-        Args:
-            embedding: Patch embeddings, shape ``(B, h, w, d)``.
-            scores: Distances of the patches, shape ``(B, h * w)``.
-
-        Returns:
-            Shape ``(B, CALIBRATION_PATCHES, d)``.
-        """
-        patches = embedding.flatten(1, 2)
-        order = scores.argsort(dim=1, descending=True)[:, :CALIBRATION_PATCHES]
-        # Fewer patches than wanted: the lowest is repeated, which changes no maximum.
-        order = torch.cat([order, order[:, -1:].expand(-1, CALIBRATION_PATCHES - order.shape[1])], dim=1)
-        return patches.gather(1, order.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
     def refresh(self) -> None:
         """Bring the bank into the tensors that are searched."""

@@ -44,7 +44,7 @@ class Calibration:
     """What remains of the images that set a variant's thresholds.
 
     Attributes:
-        patches: Highest scoring patches of each image, shape `(n, CALIBRATION_PATCHES, d)`.
+        patches: Patches of each image that give its score, shape `(n, CALIBRATION_PATCHES, d)`.
         labels: Whether each image is anomalous, shape `(n,)`.
         scores: Image score of each when it was taken, shape `(n,)`.
         pixel: Pixel threshold, minimum and maximum of the anomaly maps at that time; NaN where unknown.

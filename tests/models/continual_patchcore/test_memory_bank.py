@@ -6,6 +6,7 @@ Coverage is computed here from all patches ever learned, in double precision and
 
 import copy
 import json
+import math
 import tracemalloc
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numpy.typing import NDArray
 
 from anomalib_ext.models.components import k_center
-from anomalib_ext.models.components.k_center import BLOCK_SIZE, farthest_first
+from anomalib_ext.models.components.k_center import BLOCK_SIZE, farthest_first, nearest
 from anomalib_ext.models.continual_patchcore import memory_bank, variant
 from anomalib_ext.models.continual_patchcore.memory_bank import (
     CALIBRATION_IMAGES,
@@ -129,7 +130,9 @@ def filled(size: int = 60, variants: str = "ab", *, dtype: str = "float32", cali
     bank.commit()
     if calibrated:
         for name in variants:
-            patches = np.stack([draw("lobes", name, seed, CALIBRATION_PATCHES) for seed in range(50, 56)])
+            patches = np.tile(
+                [draw("lobes", name, seed, CALIBRATION_PATCHES // 2) for seed in range(50, 56)], (1, 2, 1)
+            )
             patches[4:] += 4
             bank.calibrate(name, patches, np.arange(6) >= 4, (0.1, 0.2, 0.7))
     return bank
@@ -600,6 +603,27 @@ def test_a_saved_stream_is_reported_whole() -> None:
     assert report.variants == {"c": 2}
     assert report.added == {"c": len(bank.variants["c"].radii)}
     assert (bank.is_learning, bank.images("c")) == (False, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("count", [2, 300])
+def test_calibration_patches_give_the_score_that_will_be(dtype: str, count: int) -> None:
+    """Of the whole variant, and once a half, a quarter or an eighth of its vectors are left; also of few patches."""
+    bank = MemoryBank(400, dtype)
+    for seed in range(4):
+        bank.learn(draw("curve", "a", seed, 300), "a")
+    bank.commit()
+    images = [draw("curve", "a", seed, count) for seed in range(10, 16)]
+    kept = [bank.calibration_patches("a", image, nearest(image, bank.vectors)[0]) for image in images]
+    assert {patches.shape for patches in kept} == {(CALIBRATION_PATCHES, 4)}
+    bank.calibrate("a", np.stack(kept), np.zeros(6, bool))
+    whole = bank.variants["a"]
+    for share in (1, 2, 4, 8):
+        bank.variants = {"a": variant.cut(whole, math.ceil(len(whole.radii) / share))}
+        expected = [nearest(image, bank.vectors)[0].max() for image in images]
+        lowest, highest = bank.thresholds("a")["image"][1:]
+        # Patches are kept in half precision.
+        assert (lowest, highest) == pytest.approx((min(expected), max(expected)), rel=5e-3)
 
 
 def test_reloaded_calibration() -> None:
