@@ -24,7 +24,7 @@ METRICS = ("my_AUROC", "image_AUPR", "pixel_AUROC")
 
 
 class Darkness(AnomalibModule):
-    """Finds dark pixels anomalous and learns nothing; with an evaluator and metrics of its user's."""
+    """Finds dark pixels and uneven images anomalous and learns nothing; with an evaluator of its user's."""
 
     def __init__(self) -> None:
         fields = ["pred_score", "gt_label"]
@@ -49,7 +49,7 @@ class Darkness(AnomalibModule):
         assert batch.image is not None
         anomaly_map = self.weights @ batch.image.flatten(2)
         anomaly_map = anomaly_map.reshape(-1, *batch.image.shape[-2:])
-        return batch.update(anomaly_map=anomaly_map, pred_score=anomaly_map.mean(dim=(1, 2)))
+        return batch.update(anomaly_map=anomaly_map, pred_score=anomaly_map.std(dim=(1, 2)))
 
     def test_step(self, batch: ImageBatch, *args, **kwargs) -> ImageBatch:
         """Judge a batch."""
