@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# More than two share a search badly: its parts are short.
+THREADS = min(2, os.cpu_count() or 1)
+
 # Measured on banks of 10,000 vectors of tf_efficientnet_lite0, see docs/edge.md.
 AXES = 47
 CELLS = 128
@@ -50,7 +53,6 @@ class NearestNeighbors:
 
     Args:
         vectors: Shape `(n, d)`, at least one.
-        threads: Threads that share a search.
 
     Example:
         >>> bank = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32)
@@ -59,7 +61,7 @@ class NearestNeighbors:
         [0, 1, 2, 3, 4]
     """
 
-    def __init__(self, vectors: Array, threads: int = 2) -> None:
+    def __init__(self, vectors: Array) -> None:
         self.mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
         centered = vectors - self.mean
         axes = min(AXES, vectors.shape[1])
@@ -89,34 +91,32 @@ class NearestNeighbors:
         self.members = np.full((len(centers), max(last - first for first, last in self.bounds)), -1, np.int64)
         for cell, (first, last) in enumerate(self.bounds):
             self.members[cell, : last - first] = np.arange(first, last)
-        self._threads = min(threads, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(self._threads - 1, "search") if self._threads > 1 else None
+        self._pool = ThreadPoolExecutor(max(1, THREADS - 1), "search")
 
-    def search(self, queries: Array) -> tuple[Array, NDArray[np.int64]]:
+    def search(self, queries: Array, threads: int = THREADS) -> tuple[Array, NDArray[np.int64]]:
         """Find the nearest vector of each query.
 
         Args:
             queries: Shape `(m, d)`, finite.
+            threads: Threads that share the search, at most `THREADS`.
 
         Returns:
             Distance of each query to its nearest vector, and the index of that vector, each of shape `(m,)`.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        parts = self._each(self._begin, np.array_split(queries, max(1, min(self._threads, len(queries)))))
+        parts = self._each(self._begin, np.array_split(queries, max(1, min(threads, len(queries)))))
         points, limits, near, nearest, index = (np.concatenate(part) for part in zip(*parts, strict=True))
         if len(self.blocks) > 1:
             near = near.T.copy()
-            cells = [range(first, len(self.blocks), self._threads) for first in range(self._threads)]
+            cells = [range(first, len(self.blocks), threads) for first in range(threads)]
             found = self._each(lambda group: self._candidates(points, limits, near, group), cells)
             rows, columns = (np.concatenate(part) for part in zip(*found, strict=True))
-            groups = _Candidates(rows, columns, len(queries)).groups(self._threads)
+            groups = _Candidates(rows, columns, len(queries)).groups(threads)
             self._each(lambda group: _improve(queries, self.vectors, nearest, index, group), groups)
         return np.sqrt(nearest), self.order[index]
 
     def _each(self, function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
         """Results for all items, computed by the calling thread and those of the pool."""
-        if self._pool is None:
-            return [function(item) for item in items]
         others = [self._pool.submit(function, item) for item in items[1:]]
         return [function(items[0]), *(other.result() for other in others)]
 

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_ext.models import ContinualPatchCore
 from openvino_export import EdgeDetector
-from openvino_export.bundle import BundleError
+from openvino_export.bundle import BundleError, read, undo
 from openvino_export.detector import SUSPICION, Prediction
 from openvino_export.images import load, resize
 
@@ -301,14 +301,38 @@ def test_two_processes(bundle: Path, good: dict[str, list[Path]]) -> None:
     assert list(EdgeDetector(bundle).info()["variants"]) == ["stripes", "dots", "checks"]
 
 
-def test_no_room_for_a_variant(bundle: Path, good: dict[str, list[Path]]) -> None:
-    """The graph has a fixed number of thresholds; learning says so, and nothing changes."""
-    metadata = json.loads((bundle / "metadata.json").read_text())
-    (bundle / "metadata.json").write_text(json.dumps({**metadata, "variant_capacity": 1}))
+def test_more_variants_than_the_graph_has_room_for(
+    bundle: Path,
+    good: dict[str, list[Path]],
+    tested: list[Path],
+) -> None:
+    """Its tables grow; `model.xml` judges as before, by the thresholds of all; undo brings back the smaller one."""
+    before, names = EdgeDetector(bundle), [path.name for path in sorted(bundle.iterdir())]
+    old = (bundle / "model.xml").read_bytes()
+    room = read(bundle).metadata["variant_capacity"]
     detector = EdgeDetector(bundle)
-    with pytest.raises(ValueError, match="room for 1 variants"):
-        detector.learn(good["dots"][:2], "dots")
-    assert list(detector.info()["variants"]) == ["stripes"]
+    assert detector._knowledge is not None
+    bank = copy.deepcopy(detector._knowledge.bank)
+    for number in range(room - 1):  # faster than by `learn`
+        bank.learn(bank.vectors[:9] + 50 + number, f"{number}")
+    bank.commit()
+    detector._knowledge = detector._know(bank, detector._bundle)
+    detector.save()
+    assert (bundle / "model.xml").read_bytes() == old
+    detector.learn(good["dots"], "dots")
+    detector.save()
+    assert before.reload()
+    metadata = read(bundle).metadata
+    assert (len(metadata["variants"]), metadata["variant_capacity"]) == (room + 1, 2 * room)
+    assert {path.name for path in bundle.iterdir()} == {*names, ".previous"}
+    results = before.predict(tested)
+    assert {result.variant for result in results if "dots" in str(result.source)} == {"dots"}
+    assert_same(results, whole(bundle, tested))
+    model = ov.Core().read_model(bundle / "model.xml")
+    assert model.get_rt_info(["model_info", "model_type"]).astype(str) == "AnomalyDetection"
+    undo(bundle)
+    assert (bundle / "model.xml").read_bytes() == old
+    assert_same(EdgeDetector(bundle).predict(tested), whole(bundle, tested))
 
 
 def test_devices(exported: Path) -> None:

@@ -16,7 +16,7 @@ Array = NDArray[np.float32]
 
 def assert_exact(bank: Array, queries: Array, threads: int = 2) -> None:
     """Compare with all distances in double precision."""
-    distances, index = NearestNeighbors(bank, threads).search(queries)
+    distances, index = NearestNeighbors(bank).search(queries, threads)
     differences = queries[:, None].astype(np.float64) - bank[None]
     every = np.sqrt((differences**2).sum(axis=2))
     # As precisely as the values themselves are known.
