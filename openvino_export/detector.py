@@ -355,12 +355,12 @@ class EdgeDetector:
                 metadata.get("normalization") or metadata.get("thresholding")
             )
             tables = {name: tables[name] for name in (bundles.CONSTANTS if by_variant else bundles.CONSTANTS[:2])}
-            files = {name: read.contents[name] for name in bundles.WHOLE}
+            xml, weights = (read.contents[name] for name in bundles.WHOLE)
+            files = {BANK: save(arrays, {"plain": json.dumps(plain, allow_nan=False)})}
             if by_variant and capacity > room:
-                files = dict(zip(bundles.WHOLE, bundles.grown(*files.values(), tables), strict=True))
-            places = bundles.constants(files["model.xml"], tables)
-            files["model.bin"] = bundles.replaced(files["model.bin"], places, tables)
-            files[BANK] = save(arrays, {"plain": json.dumps(plain, allow_nan=False)})
+                xml, weights = bundles.grown(xml, weights, tables)
+                files["model.xml"] = xml
+            files["model.bin"] = bundles.replaced(weights, bundles.constants(xml, tables), tables)
             changes = {"variants": knowledge.names, "variant_capacity": capacity}
             self._bundle = bundles.update(self._bundle, files, changes)
             self._saved = knowledge
@@ -515,7 +515,8 @@ class _Network:
         try:
             self._compiled = self._compile("LATENCY")
         except RuntimeError as error:
-            msg = f"{name} of {read.folder} cannot be run on {device} in {precision}: {error}"
+            reason = str(error).strip().splitlines()[-1]
+            msg = f"{name} of {read.folder} cannot be run on {device} in {precision}: {reason}"
             raise ValueError(msg) from error
         self._own = threading.local()
         self.parallel = 1

@@ -366,6 +366,24 @@ def test_other_models(
         detector.save()
 
 
+ASYNCHRONOUS = """
+import sys
+from openvino_export import EdgeDetector
+
+detector = EdgeDetector(sys.argv[1])
+list(detector.stream([sys.argv[2]] * 4))
+detector.predict_async(sys.argv[2]).add_done_callback(lambda future: print(future.result().variant))
+"""
+
+
+def test_background_judging_ends_with_the_process(exported: Path, tested: list[Path]) -> None:
+    """What was begun is finished, and nothing aborts."""
+    for _ in range(3):
+        command = [sys.executable, "-c", ASYNCHRONOUS, exported, tested[0]]
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "stripes\n", "")
+
+
 def test_a_model_without_a_bank(without_bank: Path, good: dict[str, list[Path]], tested: list[Path]) -> None:
     """It is judged by model.xml, in all ways; what it cannot do is said."""
     detector = EdgeDetector(without_bank)
