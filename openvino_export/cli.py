@@ -496,7 +496,7 @@ def main(args: list[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from jsonargparse import auto_cli
 
-    commands = [predict, learn, info, benchmark, parity, watch, undo]
+    commands: list[Any] = [predict, learn, info, benchmark, parity, watch, undo]
     description = (
         "Inspect with a bundle that the export to openvino has written, and go on learning. "
         "Exit codes: 0 good; 3 anomalous, held back or different; 1 error; 2 wrong arguments."
