@@ -20,7 +20,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_ext.models.components.k_center import farthest_first, nearest
-from anomalib_ext.models.continual_patchcore.memory_bank import CALIBRATION_PATCHES, MemoryBank
+from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
 
 Patches = NDArray[np.float32]
 
@@ -67,9 +67,11 @@ class Product:
     def calibrate(self, bank: MemoryBank) -> None:
         """Set the thresholds from the validation half, as a fit with validation images does."""
         distances, _ = self.distances(bank.vectors)
-        order = np.argsort(-distances, axis=1)[:, :CALIBRATION_PATCHES]
-        patches = np.take_along_axis(self.test, order[..., None], axis=1)
-        bank.calibrate(self.name, patches[self.validation], self.labels[self.validation])
+        kept = [
+            bank.calibration_patches(self.name, patches, scores)
+            for patches, scores in zip(self.test[self.validation], distances[self.validation], strict=True)
+        ]
+        bank.calibrate(self.name, np.stack(kept), self.labels[self.validation])
 
     def f1(self, bank: MemoryBank, thresholds: dict[str, float]) -> float:
         """F1 on the half that set no threshold; every image is judged by the variant that it is routed to."""

@@ -5,6 +5,7 @@ PatchCore (arXiv 2106.08265) that goes on learning, after arXiv 2512.13497, of w
 available; the update rule, the thresholds by variant and the one-shot views are ours. See the README beside this file.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.training import SMALLEST_SIDE, UnreadableImages, check_files, prepare_fit
 
 from .graph import bundle_of
-from .memory_bank import Report, Variant
+from .memory_bank import MemoryBank, Report
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
 from .views import FEW_IMAGES, are_few, calibrate_from_views
@@ -79,11 +80,12 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
     """
 
     model: ContinualPatchCoreModel
-    _known: tuple[dict[str, Variant], NDArray[np.int64]] | None  # variants and image hashes before an update
+    _known: tuple[MemoryBank, MemoryBank | None] | None  # bank before an update, and what the update went on with
     _waiting: list[torch.Tensor]  # batches, until it is clear whether they are few
     _recent: dict[str, list[torch.Tensor]]  # last learned images by variant
     _validated: set[str]  # variants
-    _calibration: list[tuple[torch.Tensor, torch.Tensor]]  # patches and labels of validation batches
+    # Of validation images by variant: patches that give the score, and whether the image is anomalous.
+    _calibration: dict[str, list[tuple[NDArray[np.float32], bool]]]
 
     def __init__(
         self,
@@ -244,7 +246,7 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""
-        self._calibration = []
+        self._calibration = {}
         self._learn_waiting(self._variant_label)
         self.model.bank.flush()
         self.model.refresh()
@@ -271,14 +273,15 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
     def _reset(self) -> None:
         """Leave nothing of an update behind."""
         self._known, self._few = None, False
-        self._waiting, self._recent, self._validated, self._calibration = [], {}, set(), []
+        self._waiting, self._recent, self._validated, self._calibration = [], {}, set(), {}
 
     def _begin(self) -> None:
-        """Begin an update, from what is known now."""
+        """Begin an update, with a copy of what is known."""
         self._reset()
-        bank = self.model.bank
-        bank.flush()
-        self._known = bank.variants, bank.image_hashes
+        model = self.model
+        self._known = model.bank, model.interrupted
+        model.bank = copy.deepcopy(model.bank if model.interrupted is None else model.interrupted)
+        model.interrupted = None
 
     def _are_few(self, images: int, variant: str | None) -> bool:
         return self.one_shot and are_few(self.model.bank, variant, images)
@@ -295,9 +298,7 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
         """Forget what was learned since the beginning of an update that is under way."""
         if self._known is None:
             return
-        bank = self.model.bank
-        bank.discard()
-        bank.variants, bank.image_hashes = self._known
+        self.model.bank, self.model.interrupted = self._known
         self._reset()
         self.model.refresh()
         self._refresh()
@@ -341,25 +342,15 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
         """Keep what sets the thresholds of the variants that were validated."""
         if not self._calibration:
             return
-        patches, labels = (torch.cat(parts).cpu() for parts in zip(*self._calibration, strict=True))
-        bank = self.model.bank
-        names = list(bank.variants)
-        if self._variant_label is None:  # each image belongs to the variant of most of its patches
-            _, index = self.model.nearest_neighbors(patches.to(self.device))
-            belongs = self.model.owners[index].mode(dim=1).values.cpu()
-        else:
-            known = self._variant_label in names
-            belongs = torch.full((len(labels),), names.index(self._variant_label) if known else -1)
         nan = float("nan")
         pixel = (nan, nan, nan)
         last = self.post_processor
         if isinstance(last, VariantPostProcessor):
             pixel = (float(last.pixel_threshold), float(last.pixel_min), float(last.pixel_max))
-        for position, name in enumerate(names):
-            chosen = belongs == position
-            if chosen.any():
-                bank.calibrate(name, patches[chosen].numpy(), labels[chosen].numpy(), pixel)
-                self._validated.add(name)
+        for name, images in self._calibration.items():
+            patches, labels = zip(*images, strict=True)
+            self.model.bank.calibrate(name, np.stack(patches), np.array(labels), pixel)
+            self._validated.add(name)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -372,8 +363,17 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
         """Score a batch and keep what calibrates the thresholds."""
         del args, kwargs
         embedding, scores = self._judge(batch)
-        if batch.gt_label is not None:
-            self._calibration.append((self.model.calibration_patches(embedding, scores), batch.gt_label.bool()))
+        if batch.gt_label is None:
+            return batch
+        bank = self.model.bank
+        names = list(bank.variants)
+        found = [names[i] for i in cast("Any", batch).variant.tolist()]
+        variants = found if self._variant_label is None else [self._variant_label] * len(found)
+        arrays = (embedding.flatten(1, 2).cpu().numpy(), scores.cpu().numpy())
+        for name, label, patches, distances in zip(variants, batch.gt_label.tolist(), *arrays, strict=True):
+            if name in bank.variants:
+                kept = bank.calibration_patches(name, patches, distances)
+                self._calibration.setdefault(name, []).append((kept, bool(label)))
         return batch
 
     def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
@@ -427,14 +427,14 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
         """Load weights and bank, or nothing if they do not fit; thresholds follow from the bank."""
         before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
-        bank = self.model.bank
+        known = self.model.bank, self.model.interrupted
         self._read_bank(state_dict)  # first, for differing shapes of the backbone would hide the reason
         try:
             result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         except Exception:
             for tensor, value in before:
                 tensor.data.copy_(value)
-            self.model.bank = bank
+            self.model.bank, self.model.interrupted = known
             self.model.refresh()
             raise
         self._reset()

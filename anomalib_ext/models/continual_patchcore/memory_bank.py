@@ -8,6 +8,7 @@ variants. The rule is ours.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -32,8 +33,9 @@ SCHEMA_VERSION = 1
 MEMBERSHIP = 0.5
 # The pool that vectors are chosen from holds twice the budget, and for small budgets at least this many patches.
 SMALLEST_POOL = 12_288
-# Calibration keeps the patches of an image that score highest, so that its score can be renewed when vectors go.
-CALIBRATION_PATCHES = 8
+# Calibration keeps the patches of an image that score highest, now and once only a share of the vectors is left.
+CALIBRATION_SHARES = (0.5, 0.25, 0.125)
+CALIBRATION_PATCHES = 4 * (1 + len(CALIBRATION_SHARES))
 CALIBRATION_IMAGES = 32  # of each label
 # Squares of larger values, summed over a patch, would leave the range of float32.
 LARGEST_VALUE = 1e15
@@ -84,6 +86,12 @@ def _spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
     return indices[np.linspace(0, len(indices) - 1, CALIBRATION_IMAGES).astype(int)]
 
 
+def _highest(scores: Array, count: int) -> NDArray[np.int64]:
+    """Indices of the highest scores; of fewer than `count`, the lowest is repeated, which changes no maximum."""
+    order = np.argsort(-scores, kind="stable")[:count]
+    return np.pad(order, (0, count - len(order)), mode="edge")
+
+
 def equal_scaled_radius(variants: Mapping[str, Variant], size: int) -> dict[str, int]:
     """Divide `size` vectors among at most as many variants: one threshold on radius / scale."""
     scaled = {name: variant.radii / variant.scale for name, variant in variants.items()}
@@ -97,8 +105,8 @@ def equal_scaled_radius(variants: Mapping[str, Variant], size: int) -> dict[str,
 class MemoryBank:
     """Patch embeddings of all variants, at most `size` of them.
 
-    Learned patches first go to a stream (:meth:`learn`) and reach the bank at :meth:`commit`; until then, and when
-    anything fails on the way, the bank stays as it was.
+    Learned patches first go to a stream (:meth:`learn`) and reach the bank at :meth:`commit`, or when another variant
+    begins. To be able to go back, learn with a copy (`copy.deepcopy`).
 
     Args:
         size: Largest number of vectors.
@@ -124,8 +132,7 @@ class MemoryBank:
         self.image_hashes: NDArray[np.int64] = np.empty(0, np.int64)
         self._stream: VariantStream | None = None
         self._report = Report()
-        # What `discard` goes back to, once something was brought into the bank since the last commit.
-        self._before: tuple[dict[str, Variant], NDArray[np.int64]] | None = None
+        self._before: dict[str, int] = {}  # vectors by variant at the last commit
 
     def __len__(self) -> int:
         """Number of vectors."""
@@ -154,6 +161,16 @@ class MemoryBank:
         """Position of each vector's variant in `variants`, shape `(n,)`."""
         counts = [len(variant.radii) for variant in self.variants.values()]
         return np.repeat(np.arange(len(counts)), counts)
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether there are images that :meth:`commit` or :meth:`flush` has yet to bring into the bank."""
+        return self._stream is not None
+
+    def images(self, variant: str) -> int:
+        """Number of images that were learned of a variant, those not yet in the bank included."""
+        known = self.variants[variant].images if variant in self.variants else 0
+        return known + (self._stream.images if self._stream and self._stream.name == variant else 0)
 
     def knows(self, image_hash: int) -> bool:
         """Whether the image with this hash was learned, in the bank or in the open stream."""
@@ -227,21 +244,13 @@ class MemoryBank:
         """
         self.flush()
         report, self._report = self._report, Report()
-        before = self._before[0] if self._before else self.variants
-        self._before = None
-        for name, variant in self.variants.items():
-            more = len(variant.radii) - (len(before[name].radii) if name in before else 0)
+        before, self._before = self._before, {name: len(variant.radii) for name, variant in self.variants.items()}
+        for name, vectors in self._before.items():
+            more = vectors - before.get(name, 0)
             if more:
                 (report.added if more > 0 else report.removed)[name] = abs(more)
         report.radius_bound, report.num_vectors, report.nbytes = self.radius_bound, len(self), self.nbytes
         return report
-
-    def discard(self) -> None:
-        """Forget what was learned since the last commit."""
-        self._stream = None
-        self._report = Report()
-        if self._before is not None:
-            (self.variants, self.image_hashes), self._before = self._before, None
 
     def flush(self) -> None:
         """Bring what was learned into the bank and go on; :meth:`commit` reports it later."""
@@ -262,7 +271,6 @@ class MemoryBank:
         """Take in new or changed variants, dividing the budget anew, and remember the images."""
         variants = {**self.variants, **variants}
         shares = equal_scaled_radius(variants, self.size)
-        self._before = self._before or (self.variants, self.image_hashes)
         self.variants = {name: cut(variant, shares[name]) for name, variant in variants.items()}
         self.image_hashes = np.concatenate([self.image_hashes, image_hashes])[-REMEMBERED_IMAGES:]
 
@@ -325,6 +333,32 @@ class MemoryBank:
             self._report.variants[name] += variant.images
         return self.commit()
 
+    def calibration_patches(self, variant: str, patches: Array, scores: Array) -> Array:
+        """Patches by which the score of an image can be renewed when vectors are cut.
+
+        The last vectors of a variant are cut first, so it is known which ones will be left. Kept are the patches that
+        score highest by all vectors, by the first half of the variant's, by a quarter and by an eighth (ours).
+
+        Args:
+            variant: Name of the variant.
+            patches: Patch embeddings of one image, shape `(n, d)`.
+            scores: Distance of each to the nearest vector of the bank, shape `(n,)`.
+
+        Returns:
+            Shape `(CALIBRATION_PATCHES, d)`.
+        """
+        vectors = self.variants[variant].vectors
+        each = CALIBRATION_PATCHES // (1 + len(CALIBRATION_SHARES))
+        chosen = [_highest(scores, each)]
+        distances, first = np.full(len(patches), np.inf, np.float32), 0
+        for share in reversed(CALIBRATION_SHARES):
+            last = math.ceil(share * len(vectors))
+            if last > first:
+                distances = np.minimum(distances, nearest(patches, vectors[first:last])[0])
+            chosen.append(_highest(distances, each))
+            first = last
+        return patches[np.concatenate(chosen)]
+
     def calibrate(
         self,
         variant: str,
@@ -337,7 +371,7 @@ class MemoryBank:
 
         Args:
             variant: Name of a variant in the bank.
-            patches: Highest scoring patches of each image, shape `(n, CALIBRATION_PATCHES, d)`.
+            patches: What :meth:`calibration_patches` gave for each image, shape `(n, CALIBRATION_PATCHES, d)`.
             labels: Whether each image is anomalous, shape `(n,)`.
             pixel: Pixel threshold, minimum and maximum of the anomaly maps of these images.
             reach: Score that normal images are known to have; thresholds are raised to it.
@@ -394,7 +428,7 @@ class MemoryBank:
         }
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """State as arrays and as plain data, fit for safetensors and JSON."""
+        """State as arrays and as plain data, fit for safetensors and JSON; with the stream, if one is open."""
         variants = self.variants.values()
         dimension = next(iter(variants)).vectors.shape[1] if self.variants else 0
         empty = Calibration(
@@ -435,6 +469,9 @@ class MemoryBank:
                 for name, variant in self.variants.items()
             ],
         }
+        if self._stream is not None:
+            own, plain["stream"] = self._stream.to_arrays()
+            arrays |= {f"stream_{key}": value for key, value in own.items()}
         return arrays, plain
 
     @classmethod
@@ -488,6 +525,13 @@ class MemoryBank:
                 calibration,
                 np.array(arrays["novelties"][novelties]),
             )
+        bank._before = {name: len(variant.radii) for name, variant in bank.variants.items()}
+        if "stream" in plain:
+            stream = bank._open_stream(plain["stream"]["name"], arrays["stream_points"].shape[1])
+            prefix = "stream_"
+            own = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+            stream.restore(own, plain["stream"])
+            bank._stream = stream
         return bank
 
     @property
@@ -556,6 +600,28 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         "prototypes": (len(entries), dimension),
         "image_hashes": (arrays["image_hashes"].size,),
     }
+    finite = [
+        "vectors",
+        "covers",
+        "prototypes",
+        "calibration_patches",
+        "calibration_scores",
+        "calibration_margins",
+        "novelties",
+    ]
+    stream = plain.get("stream")
+    if stream is not None:
+        points = len(arrays["stream_points"])
+        dimension = dimension or arrays["stream_points"].shape[-1]  # 0 while the bank is empty
+        shapes |= {
+            "stream_points": (points, dimension),
+            "stream_radii": (points,),
+            "stream_covers": (points,),
+            "stream_prototype": (dimension,),
+            "stream_hashes": (arrays["stream_hashes"].size,),
+            "stream_novelties": (arrays["stream_novelties"].size,),
+        }
+        finite += ["stream_points", "stream_covers", "stream_prototype", "stream_novelties"]
     problems = [
         f"{key} has the shape {arrays[key].shape} in place of {shape}"
         for key, shape in shapes.items()
@@ -567,21 +633,16 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         problems.append(f"there are {sum(counts)} vectors, but at most {plain['size']} are allowed")
     if arrays["vectors"].dtype != plain["dtype"]:
         problems.append(f"vectors are of {arrays['vectors'].dtype} in place of {plain['dtype']}")
-    problems += [
-        f"{key} holds values that are not finite"
-        for key in (
-            "vectors",
-            "covers",
-            "prototypes",
-            "calibration_patches",
-            "calibration_scores",
-            "calibration_margins",
-            "novelties",
-        )
-        if not np.isfinite(arrays[key]).all()
-    ]
+    problems += [f"{key} holds values that are not finite" for key in finite if not np.isfinite(arrays[key]).all()]
     if len({entry["name"] for entry in entries}) < len(entries):
         problems.append("a variant is there twice")
+    if stream is not None:
+        if np.isnan(arrays["stream_radii"]).any() or (arrays["stream_radii"] < 0).any():
+            problems.append("stream_radii holds negative values or NaN")
+        if not (stream["name"] and 0 <= stream["divided_at"] <= len(arrays["stream_points"])):
+            problems.append("name or divided_at of the stream are out of range")
+        if not all(stream[key] >= 0 for key in ("resolution", "spread", "images")):
+            problems.append("resolution, spread or images of the stream are out of range")
     first = 0
     for entry, count in zip(entries, counts, strict=True):
         radii = arrays["radii"][first : first + count]

@@ -14,7 +14,7 @@ from torch import nn
 from anomalib_ext.models.components import patchcore
 from anomalib_ext.models.components.backbone import load_backbone
 
-from .memory_bank import CALIBRATION_PATCHES, MemoryBank
+from .memory_bank import MemoryBank
 from .tables import bank_tables
 from .views import NUM_VIEWS, augmented_views, image_hash
 
@@ -48,6 +48,8 @@ class ContinualPatchCoreModel(nn.Module):
 
     Attributes:
         bank: What was learned; all other state is derived from it.
+        interrupted: The same bank in the middle of an update, if a checkpoint of one was loaded. The next update goes
+            on with it, as if there had been no interruption.
     """
 
     memory_bank: torch.Tensor
@@ -70,6 +72,7 @@ class ContinualPatchCoreModel(nn.Module):
             msg = f"num_neighbors must be at least 1, got {num_neighbors}."
             raise ValueError(msg)
         self.bank = MemoryBank(memory_size, precision)
+        self.interrupted: MemoryBank | None = None
         self.backbone = backbone
         self.num_neighbors = num_neighbors
         self.tiler: Tiler | None = None
@@ -186,23 +189,6 @@ class ContinualPatchCoreModel(nn.Module):
             names[i] = self.bank.learn(embedding.flatten(0, 1).cpu().numpy(), variant, hashes[i], views)
         return names
 
-    @staticmethod
-    def calibration_patches(embedding: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Highest scoring patches of each image.
-
-        Args:
-            embedding: Patch embeddings, shape ``(B, h, w, d)``.
-            scores: Distances of the patches, shape ``(B, h * w)``.
-
-        Returns:
-            Shape ``(B, CALIBRATION_PATCHES, d)``.
-        """
-        patches = embedding.flatten(1, 2)
-        order = scores.argsort(dim=1, descending=True)[:, :CALIBRATION_PATCHES]
-        # Fewer patches than wanted: the lowest is repeated, which changes no maximum.
-        order = torch.cat([order, order[:, -1:].expand(-1, CALIBRATION_PATCHES - order.shape[1])], dim=1)
-        return patches.gather(1, order.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-
     def refresh(self) -> None:
         """Bring the bank into the tensors that are searched."""
         tables = bank_tables(self.bank, sum(self.feature_extractor.out_dims), len(self.bank.variants))
@@ -212,20 +198,21 @@ class ContinualPatchCoreModel(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The bank, with the open stream, and what it depends on, as tensors and plain data."""
-        bank = copy.deepcopy(self.bank)  # saving in the middle of a stream does not change what follows
-        bank.flush()
-        arrays, plain = bank.to_arrays()
+        arrays, plain = (self.bank if self.interrupted is None else self.interrupted).to_arrays()
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {"backbone": self.backbone, "layers": self.layers, "tensors": tensors, "plain": plain}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Load what :meth:`get_extra_state` gave; see :meth:`read_bank` for errors."""
-        own, self.bank = self.bank, self.read_bank(state)
+        own, self.bank, self.interrupted = self.bank, self.read_bank(state), None
         if (self.bank.size, self.bank.dtype) != (own.size, own.dtype):
             logger.warning(
                 "The checkpoint's memory_size %d and precision %s are used, not %d and %s.",
                 *(self.bank.size, self.bank.dtype, own.size, own.dtype),
             )
+        if self.bank.is_learning:
+            self.interrupted = copy.deepcopy(self.bank)
+            self.bank.commit()
         self.refresh()
 
     def read_bank(self, state: dict[str, Any]) -> MemoryBank:

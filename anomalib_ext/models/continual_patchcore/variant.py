@@ -23,6 +23,8 @@ import numpy as np
 from anomalib_ext.models.components.k_center import farthest_first, nearest, single_threaded
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
@@ -42,7 +44,7 @@ class Calibration:
     """What remains of the images that set a variant's thresholds.
 
     Attributes:
-        patches: Highest scoring patches of each image, shape `(n, CALIBRATION_PATCHES, d)`.
+        patches: Patches of each image that give its score, shape `(n, CALIBRATION_PATCHES, d)`.
         labels: Whether each image is anomalous, shape `(n,)`.
         scores: Image score of each when it was taken, shape `(n,)`.
         pixel: Pixel threshold, minimum and maximum of the anomaly maps at that time; NaN where unknown.
@@ -110,7 +112,6 @@ class VariantStream:
         self.hashes: deque[int] = deque(maxlen=REMEMBERED_IMAGES)
         self.novelties: deque[float] = deque(maxlen=NOVELTIES)
         self.seconds = 0.0
-        self._quantizer: Any = None
         if known is not None:
             self.points = known.vectors.astype(np.float32)
             self.radii, self.covers, self.resolution = known.radii, known.covers.copy(), known.resolution
@@ -137,6 +138,30 @@ class VariantStream:
             )
         return novelty
 
+    def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """State as arrays and as plain data, as `MemoryBank.to_arrays`; without `known`, capacity and dtype."""
+        arrays: dict[str, NDArray[Any]] = {
+            "points": self.points,
+            "radii": self.radii,
+            "covers": self.covers,
+            "prototype": self.prototype,
+            "hashes": np.array(self.hashes, np.int64),
+            "novelties": np.array(self.novelties, np.float32),
+        }
+        keys = ("name", "resolution", "images", "spread")
+        return arrays, {**{key: getattr(self, key) for key in keys}, "divided_at": self._divided_at}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> None:
+        """Take up the state that :meth:`to_arrays` gave, so that what follows goes as if it had never been saved."""
+        self.points, self.radii, self.covers, self.prototype = (
+            np.array(arrays[key]) for key in ("points", "radii", "covers", "prototype")
+        )
+        self.resolution, self.images, self.spread = plain["resolution"], plain["images"], plain["spread"]
+        for key, kept in (("hashes", self.hashes), ("novelties", self.novelties)):
+            kept.clear()
+            kept.extend(arrays[key].tolist())
+        self._index = self._build_index(plain["divided_at"])
+
     def _absorb(self, patches: Array, covers: Array) -> float:
         squares, found = self._index.search(patches, 1)
         index = found[:, 0]
@@ -162,7 +187,7 @@ class VariantStream:
         if len(self.points) > self.capacity:
             self.select(self.capacity // 4)
             self._index = self._build_index()
-        elif self._quantizer is None and len(self.points) >= DIVIDED_INDEX:
+        elif not self._divided_at and len(self.points) >= DIVIDED_INDEX:
             self._index = self._build_index()
         return novelty
 
@@ -246,19 +271,27 @@ class VariantStream:
             novelties=np.array(self.novelties, np.float32),
         )
 
-    def _build_index(self) -> Any:  # noqa: ANN401  # faiss is imported late and untyped
+    def _build_index(self, divided_at: int | None = None) -> Any:  # noqa: ANN401  # faiss is imported late and untyped
+        """Index of the points.
+
+        Args:
+            divided_at: Number of points by which it is divided into lists, the others only being added; 0 for no
+                lists. By default all, if they are many enough.
+        """
         import faiss
 
         dimension = self.points.shape[1]
-        self._quantizer = None
+        if divided_at is None:
+            divided_at = len(self.points) if len(self.points) >= DIVIDED_INDEX else 0
         flat = faiss.IndexFlatL2(dimension)
         index: Any = flat
-        if len(self.points) >= DIVIDED_INDEX:
+        if divided_at:
             # The first picks of farthest-first are well spread: as good as trained centroids, and nearly free.
-            flat.add(self.points[farthest_first(self.points, 128)[0]])
+            flat.add(self.points[farthest_first(self.points[:divided_at], 128)[0]])
             index = faiss.IndexIVFFlat(flat, dimension, 128)
             index.nprobe = 4
-            self._quantizer = flat  # faiss does not keep it alive
+        self._quantizer = flat  # faiss does not keep it alive
+        self._divided_at = divided_at
         index.add(self.points)
         return index
 

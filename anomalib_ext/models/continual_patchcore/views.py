@@ -16,12 +16,12 @@ from PIL import Image
 
 from anomalib_ext.models.components.anomaly_map import anomaly_maps
 
-from .memory_bank import CALIBRATION_PATCHES, MemoryBank
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+
+    from .memory_bank import MemoryBank
 
     Array = NDArray[np.float32]
 
@@ -42,8 +42,7 @@ def image_hash(image: Array) -> int:
 
 def are_few(bank: MemoryBank, variant: str | None, images: int = 0) -> bool:
     """Whether `images` and those that the bank has learned of the variant are few."""
-    known = bank.variants.get(variant or "")
-    return images + (known.images if known else 0) <= FEW_IMAGES
+    return images + bank.images(variant or "") <= FEW_IMAGES
 
 
 def augmented_views(image: Array, count: int, seed: int, strength: float = 1.0) -> Array:
@@ -140,7 +139,7 @@ def calibrate_from_views(
         return  # scores of real anomalies stay the better guide
     reach = bank.variants[variant].reach
     strength = CALIBRATION_STRENGTH if one_shot and are_few(bank, variant) and not reach else 1.0
-    highest_patches = []
+    kept = []
     lowest, highest = np.inf, -np.inf
     for i, image in enumerate(images):
         for view in augmented_views(image, max(1, FEW_IMAGES // len(images)), NUM_VIEWS + i, strength):
@@ -149,10 +148,8 @@ def calibrate_from_views(
             scores = search(patches)[0]
             pixels = anomaly_maps(scores.reshape(embedding.shape[:2]), *image.shape[1:])
             lowest, highest = min(lowest, float(pixels.min())), max(highest, float(pixels.max()))
-            order = np.argsort(-scores, kind="stable")[:CALIBRATION_PATCHES]
-            # Fewer patches than wanted: the lowest is repeated, which changes no maximum.
-            highest_patches.append(patches[np.pad(order, (0, CALIBRATION_PATCHES - len(order)), mode="edge")])
-    calibration = np.stack(highest_patches)
+            kept.append(bank.calibration_patches(variant, patches, scores))
+    calibration = np.stack(kept)
     if known is not None:  # images learned earlier count as well
         calibration = np.concatenate([known.patches, calibration])
         _, known_lowest, known_highest = bank.thresholds(variant)["pixel"]

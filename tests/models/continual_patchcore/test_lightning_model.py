@@ -3,6 +3,7 @@
 
 import copy
 import errno
+import functools
 import io
 import logging
 import os
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder, ImageBatch, PredictDataset
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models import Patchcore
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
@@ -28,7 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from anomalib_ext.data import PhotoVariants
 from anomalib_ext.models import ContinualPatchCore
 from anomalib_ext.models.components.training import AtomicCheckpointIO
-from anomalib_ext.models.continual_patchcore import lightning_model
+from anomalib_ext.models.continual_patchcore import lightning_model, memory_bank
 
 Make = Callable[..., Any]
 
@@ -389,9 +392,7 @@ def test_a_failed_partial_fit_changes_nothing(
 ) -> None:
     """Whatever fails, and however far it got: even when images of two new products came before."""
     model.model.learn(tensors_of(products, "stripes", "test/good"), "stripes")  # an open stream
-    expected = copy.deepcopy(model)
-    expected.load_state_dict(expected.state_dict())
-    before = state_of(expected)
+    before = state_of(model)
     good = [*images_of(products, "checks"), *images_of(products, "stripes", "test/hole")]
     with pytest.raises(ValueError, match=r"nowhere.png cannot be read"):
         model.partial_fit([*good, "nowhere.png"])
@@ -626,18 +627,56 @@ def test_a_state_that_does_not_fit_changes_nothing(
 
 
 def test_a_checkpoint_in_the_middle_of_a_stream(model: ContinualPatchCore, products: Path, make_model: Make) -> None:
-    """It holds the images so far, as the model itself does from then on."""
-    model.model.learn(tensors_of(products, "checks"), "checks")
-    state = model.state_dict()
+    """What is judged by it has all images so far; what goes on from it ends as if there had been no checkpoint."""
+    prepared = model.pre_processor(tensors_of(products, "checks"))
+    model.model.learn(prepared[:12], "checks")
     other = make_model()
-    other.load_state_dict(state)
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
     assert list(other.model.bank.variants) == ["stripes", "dots", "checks"]
-    first = make_model().eval()
-    first.model.learn(first.pre_processor(tensors_of(products, "checks")), "checks")
-    before = first.state_dict()["model._extra_state"]["plain"]
-    assert not len(first.model.bank), "saving changes nothing"
-    first.model.bank.commit()
-    assert first.state_dict()["model._extra_state"]["plain"] == before
+    assert other(tensors_of(products, "checks")).pred_score.isfinite().all()
+    assert list(model.model.bank.variants) == ["stripes", "dots"], "saving changes nothing"
+    again = make_model()
+    again.load_state_dict(copy.deepcopy(other.state_dict()))  # nor does loading, or judging
+    for each in (model, again):
+        each.partial_fit(images_of(products, "checks")[12:], "checks")
+    assert state_of(again) == state_of(model)
+
+
+def test_a_fit_that_was_killed_ends_as_one_that_was_not(
+    make_model: Make,
+    make_data: Make,
+    make_engine: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the same seed, from a checkpoint that was written in the middle of the epoch."""
+    monkeypatch.setattr(memory_bank, "SMALLEST_POOL", 500)
+    model = make_model(memory_size=200)
+    make_engine().fit(model, datamodule=make_data("dots"))
+    uninterrupted, killed, later = model, copy.deepcopy(model), make_model(memory_size=200)
+    saving = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1)
+    make_stripes = functools.partial(make_data, "stripes", train_batch_size=4)
+    seed_everything(1)
+    make_engine().fit(uninterrupted, datamodule=make_stripes())
+    seed_everything(1)
+    with pytest.raises(RuntimeError, match="killed"):
+        make_engine(callbacks=[saving, _Kill()]).fit(killed, datamodule=make_stripes())
+    seed_everything(1)
+    make_engine().fit(later, datamodule=make_stripes(), ckpt_path=saving.best_model_path)
+    assert (later.last_report.variants, later.last_report.known_images) == ({"stripes": 20}, 12)
+    assert state_of(later) == state_of(uninterrupted)
+
+
+class _Kill(Callback):
+    """Stops a fit after three batches."""
+
+    def on_train_batch_start(  # noqa: PLR6301
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Stop."""
+        del trainer, pl_module, batch
+        if batch_idx == 3:
+            msg = "killed"
+            raise RuntimeError(msg)
 
 
 def test_copies(model: ContinualPatchCore, products: Path) -> None:
@@ -647,10 +686,11 @@ def test_copies(model: ContinualPatchCore, products: Path) -> None:
     torch.save(model, buffer)
     buffer.seek(0)
     copies = [copy.deepcopy(model), torch.load(buffer, weights_only=False)]
-    model.model.bank.discard()
     before = state_of(model)
     for other in copies:
-        assert other.partial_fit(images_of(products, "dots", "test/good"), variant="dots").variants["dots"] == 6
+        assert state_of(other) == before
+        report = other.partial_fit(images_of(products, "dots", "test/good"), variant="dots")
+        assert report.variants == {"checks": 20, "dots": 6}
         assert len(other.model.bank.variants) == 3
     assert state_of(model) == before
 

@@ -6,6 +6,7 @@ Coverage is computed here from all patches ever learned, in double precision and
 
 import copy
 import json
+import math
 import tracemalloc
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numpy.typing import NDArray
 
 from anomalib_ext.models.components import k_center
-from anomalib_ext.models.components.k_center import BLOCK_SIZE, farthest_first
+from anomalib_ext.models.components.k_center import BLOCK_SIZE, farthest_first, nearest
 from anomalib_ext.models.continual_patchcore import memory_bank, variant
 from anomalib_ext.models.continual_patchcore.memory_bank import (
     CALIBRATION_IMAGES,
@@ -129,7 +130,9 @@ def filled(size: int = 60, variants: str = "ab", *, dtype: str = "float32", cali
     bank.commit()
     if calibrated:
         for name in variants:
-            patches = np.stack([draw("lobes", name, seed, CALIBRATION_PATCHES) for seed in range(50, 56)])
+            patches = np.tile(
+                [draw("lobes", name, seed, CALIBRATION_PATCHES // 2) for seed in range(50, 56)], (1, 2, 1)
+            )
             patches[4:] += 4
             bank.calibrate(name, patches, np.arange(6) >= 4, (0.1, 0.2, 0.7))
     return bank
@@ -267,7 +270,7 @@ class Learning(RuleBasedStateMachine):
         self._remember()
 
     def _remember(self) -> None:
-        """Note where a later `discard` must lead back to."""
+        """Note where a failed session leads back to."""
         self.images = {}
         self.committed = dict(self.learned), copy.deepcopy(self.bank), self._counts()
 
@@ -321,21 +324,28 @@ class Learning(RuleBasedStateMachine):
         self._remember()
 
     @rule()
-    def discard(self) -> None:
-        """Go back to the end of the last session."""
-        self.bank.discard()
+    def fail(self) -> None:
+        """Go back to the end of the last session, with the copy that was made of it."""
         learned, bank, _ = self.committed
-        assert same(self.bank, bank)
+        self.bank = copy.deepcopy(bank)
         self.learned, self.open = dict(learned), {}
         self._remember()
 
     @rule()
     def reload(self) -> None:
-        """Save and load between two sessions."""
-        self.commit()
+        """Save and load, in the middle of a session too."""
         bank = reloaded(self.bank)
         assert same(bank, self.bank)
         self.bank = bank
+        # What follows is reported as of a session of its own, with the images that were not in the bank yet.
+        self._remember()
+        self.images = {name: len(patches) for name, patches in self.open.items()}
+        self.committed = {**self.learned}, self._without_stream(), self._counts()
+
+    def _without_stream(self) -> MemoryBank:
+        bank = copy.deepcopy(self.bank)
+        bank._stream = None
+        return bank
 
     @rule(
         size=st.integers(2, 90),
@@ -550,25 +560,70 @@ def test_no_room_for_another_variant() -> None:
         min_size=6,
         max_size=12,
     ),
+    saved=st.lists(st.booleans(), min_size=12, max_size=12),
     dtype=st.sampled_from(["float32", "float16"]),
+    divided=st.sampled_from([130, variant.DIVIDED_INDEX]),
 )
-@example(actions=[("a", 0), "commit", ("a", 1), "flush", ("b", 2), ("a", 0)], dtype="float32")
-def test_going_on_from_a_saved_bank(actions: list[Any], dtype: str) -> None:
-    """A bank that is saved and loaded at every chance ends bit by bit as one that was flushed then, but not saved."""
+@example(
+    actions=[("a", 0), ("a", 1), "commit", ("a", 2), ("a", 3), "flush", ("b", 4), ("b", 5), ("a", 6)],
+    saved=[True] * 12,
+    dtype="float32",
+    divided=130,
+)
+def test_going_on_from_a_saved_bank(actions: list[Any], saved: list[bool], dtype: str, divided: int) -> None:
+    """Saved and loaded at any moment, in mid-stream too, a bank ends bit by bit as one that was never saved."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_bank, "SMALLEST_POOL", 40)
+        patch.setattr(memory_bank, "SMALLEST_POOL", 300)
+        patch.setattr(variant, "DIVIDED_INDEX", divided)
         bank = MemoryBank(50, dtype)
         kept = MemoryBank(50, dtype)
-        for action in [*actions, "commit"]:
+        for action, is_saved in zip([*actions, "commit"], [*saved, True][-len(actions) - 1 :], strict=True):
             if isinstance(action, tuple):
                 name, seed = action
                 for each in (bank, kept):
-                    each.learn(draw("lobes", name, seed, 70), name, image_hash=seed)
+                    each.learn(
+                        draw("lobes", name, seed, 110), name, image_hash=seed, views=draw("lobes", name, 50 + seed, 30)
+                    )
             else:
                 getattr(bank, action)()
                 getattr(kept, action)()
+            if is_saved:
                 bank = reloaded(bank)
-                assert same(bank, kept)
+            assert same(bank, kept)
+
+
+def test_a_saved_stream_is_reported_whole() -> None:
+    """Images that were learned before the interruption are part of the update."""
+    bank = filled()
+    bank.learn(draw("lobes", "c", 0, 40), "c")
+    bank = reloaded(bank)
+    bank.learn(draw("lobes", "c", 1, 40), "c")
+    assert (bank.is_learning, bank.images("c"), bank.images("a"), bank.images("d")) == (True, 2, 3, 0)
+    report = bank.commit()
+    assert report.variants == {"c": 2}
+    assert report.added == {"c": len(bank.variants["c"].radii)}
+    assert (bank.is_learning, bank.images("c")) == (False, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("count", [2, 300])
+def test_calibration_patches_give_the_score_that_will_be(dtype: str, count: int) -> None:
+    """Of the whole variant, and once a half, a quarter or an eighth of its vectors are left; also of few patches."""
+    bank = MemoryBank(400, dtype)
+    for seed in range(4):
+        bank.learn(draw("curve", "a", seed, 300), "a")
+    bank.commit()
+    images = [draw("curve", "a", seed, count) for seed in range(10, 16)]
+    kept = [bank.calibration_patches("a", image, nearest(image, bank.vectors)[0]) for image in images]
+    assert {patches.shape for patches in kept} == {(CALIBRATION_PATCHES, 4)}
+    bank.calibrate("a", np.stack(kept), np.zeros(6, bool))
+    whole = bank.variants["a"]
+    for share in (1, 2, 4, 8):
+        bank.variants = {"a": variant.cut(whole, math.ceil(len(whole.radii) / share))}
+        expected = [nearest(image, bank.vectors)[0].max() for image in images]
+        lowest, highest = bank.thresholds("a")["image"][1:]
+        # Patches are kept in half precision.
+        assert (lowest, highest) == pytest.approx((min(expected), max(expected)), rel=5e-3)
 
 
 def test_reloaded_calibration() -> None:
@@ -599,13 +654,21 @@ def test_load_refuses_another_schema() -> None:
             MemoryBank.from_arrays(arrays, plain | {"schema_version": version})
 
 
-ARRAYS = sorted(filled().to_arrays()[0])
+def saved() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state of a bank of two calibrated variants, in the middle of a third."""
+    bank = filled(calibrated=True)
+    for seed in range(3):
+        bank.learn(draw("lobes", "c", seed, 40), "c", image_hash=seed)
+    return bank.to_arrays()
+
+
+ARRAYS = sorted(saved()[0])
 
 
 @pytest.mark.parametrize("key", [*ARRAYS, "size", "dtype", "variants"])
 def test_load_refuses_what_lacks_a_part(key: str) -> None:
     """The message names the part."""
-    arrays, plain = filled(calibrated=True).to_arrays()
+    arrays, plain = saved()
     (arrays if key in arrays else plain).pop(key)
     with pytest.raises(ValueError, match=f"damaged: '{key}' is missing"):
         MemoryBank.from_arrays(arrays, plain)
@@ -614,13 +677,15 @@ def test_load_refuses_what_lacks_a_part(key: str) -> None:
 @pytest.mark.parametrize("key", ["name", "vectors", "scale", "resolution", "images", "spread", "calibration_images"])
 def test_load_refuses_a_variant_that_lacks_a_part(key: str) -> None:
     """The message names the part."""
-    arrays, plain = filled(calibrated=True).to_arrays()
+    arrays, plain = saved()
     del plain["variants"][1][key]
     with pytest.raises(ValueError, match=f"damaged: '{key}' is missing"):
         MemoryBank.from_arrays(arrays, plain)
 
 
-@pytest.mark.parametrize("key", sorted({*ARRAYS} - {"image_hashes"}))
+@pytest.mark.parametrize(
+    "key", sorted({*ARRAYS} - {"image_hashes", "stream_points", "stream_hashes", "stream_novelties"})
+)
 @pytest.mark.parametrize(
     "change",
     [lambda array: array[:-1], lambda array: np.concatenate([array, array[:1]])],
@@ -628,18 +693,18 @@ def test_load_refuses_a_variant_that_lacks_a_part(key: str) -> None:
 )
 def test_load_refuses_arrays_of_another_length(key: str, change: Callable[[Array], Array]) -> None:
     """Shorter or longer than announced."""
-    arrays, plain = filled(calibrated=True).to_arrays()
+    arrays, plain = saved()
     arrays[key] = change(arrays[key])
     with pytest.raises(ValueError, match=f"damaged: .*{key} has the shape"):
         MemoryBank.from_arrays(arrays, plain)
 
 
 @pytest.mark.parametrize(
-    "key", ["vectors", "radii", "covers", "prototypes", "calibration_patches", "calibration_scores"]
+    "key", sorted({*ARRAYS} - {"image_hashes", "stream_hashes", "calibration_labels", "calibration_pixels"})
 )
 def test_load_refuses_values_that_are_not_finite(key: str) -> None:
     """NaN would spread to every score."""
-    arrays, plain = filled(calibrated=True).to_arrays()
+    arrays, plain = saved()
     arrays[key][1] = np.nan
     with pytest.raises(ValueError, match=f"damaged: .*{key}"):
         MemoryBank.from_arrays(arrays, plain)
@@ -658,14 +723,30 @@ def test_load_refuses_values_that_are_not_finite(key: str) -> None:
             "scale, resolution, spread or images of b",
         ),
         (lambda plain: plain["variants"][1].update(spread=-1.0), "scale, resolution, spread or images of b"),
+        (lambda plain: plain["stream"].update(name=""), "name or divided_at of the stream"),
+        (lambda plain: plain["stream"].update(divided_at=121), "name or divided_at of the stream"),
+        (lambda plain: plain["stream"].update(images=-1), "resolution, spread or images of the stream"),
         (lambda plain: shift(plain, 1), "radii of b do not fall"),
         (lambda plain: shift(plain, -plain["variants"][0]["vectors"]), "radii of a do not fall"),
     ],
-    ids=["size", "dtype", "unknown dtype", "name", "scale", "resolution", "spread", "more vectors", "no vectors"],
+    ids=[
+        "size",
+        "dtype",
+        "unknown dtype",
+        "name",
+        "scale",
+        "resolution",
+        "spread",
+        "stream",
+        "index",
+        "count",
+        "more vectors",
+        "no vectors",
+    ],
 )
 def test_load_refuses_contradictions(change: Callable[[dict[str, Any]], None], message: str) -> None:
     """Numbers that cannot be true together."""
-    arrays, plain = filled(calibrated=True).to_arrays()
+    arrays, plain = saved()
     change(plain)
     with pytest.raises(ValueError, match=message):
         MemoryBank.from_arrays(arrays, plain)
@@ -942,30 +1023,6 @@ def test_thresholds_are_raised_to_what_is_reached(reach: float) -> None:
     for kind in ("image", "pixel"):
         threshold, lowest, highest = plain[kind]
         assert raised[kind] == pytest.approx((factor * threshold, lowest, factor * highest), rel=1e-5)
-
-
-@pytest.mark.usefixtures("small_pool")
-def test_discard_goes_back_to_the_last_commit() -> None:
-    """Also past what was flushed because another variant began."""
-    bank = filled(calibrated=True)
-    with unchanged(bank):
-        for name in "acb":
-            bank.learn(draw("lobes", name, 9, 40), name, image_hash=ord(name))
-        bank.count_known(1)
-        bank.flush()
-        bank.learn(draw("lobes", "a", 10, 40), "a")
-        bank.discard()
-        report = bank.commit()
-    assert (report.variants, report.known_images, report.added, report.removed) == ({}, 0, {}, {})
-    assert not bank.knows(ord("c"))
-    bank.learn(draw("lobes", "c", 9, 40), "c")
-    bank.flush()
-    bank.discard()
-    calibration = bank.variants["a"].calibration
-    assert calibration is not None
-    bank.calibrate("b", calibration.patches, calibration.labels)
-    with unchanged(bank):
-        bank.discard()
 
 
 # Identification
