@@ -285,7 +285,6 @@ def _to_openvino(
 ) -> "ov.Model":
     """Convert a module with one input of this name, and with tables as constants."""
     import openvino as ov
-    from openvino import opset13 as ops
 
     module = module.eval()
     with torch.no_grad():
@@ -304,14 +303,10 @@ def _to_openvino(
             **{"verbose": False, **onnx_kwargs},
         )
         model = ov.convert_model(path, **ov_kwargs)
-    # Random values for now, since equal ones would come to share their bytes in the file.
-    random = np.random.default_rng(0)
     for table, (_, values) in tables.items():
         parameter = next(node for node in model.get_parameters() if table in node.output(0).names)
         if parameter.output(0).get_target_inputs():  # a post-processor may have no use for it
-            constant = ops.constant(random.integers(1, 100, values.shape).astype(values.dtype))
-            constant.set_friendly_name(table)
-            parameter.output(0).replace(constant.output(0))
+            parameter.output(0).replace(bundle.placeholder(table, values).output(0))
         model.remove_parameter(parameter)
     model.validate_nodes_and_infer_types()
     return model

@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,14 @@ BANK = "bank.safetensors"
 FEATURES = ("features.xml", "features.bin")
 WHOLE = ("model.xml", "model.bin")
 # The constants of model.xml that learning changes.
-CONSTANTS = ("bank.vectors", "bank.squares", "bank.owners", "bank.image_values", "bank.pixel_values")
+CONSTANTS = (
+    "bank.vectors",
+    "bank.squares",
+    "bank.owners",
+    "bank.positions",
+    "bank.image_values",
+    "bank.pixel_values",
+)
 
 _STAGING, _NEXT, _PREVIOUS, _LOCK = ".staging", ".next", ".previous", ".lock"
 _REQUIRED = ("model", "input_size", "mean", "std", "variants", "files")
@@ -465,6 +473,40 @@ def constants(xml: bytes, names: Collection[str] = CONSTANTS) -> dict[str, Const
                 msg = f"The constants {name} and {other} of model.xml share their bytes; export the model again."
                 raise BundleError(msg)
     return found
+
+
+def placeholder(name: str, values: NDArray[Any]) -> Any:  # noqa: ANN401  # OpenVINO's node
+    """Constant of an IR that takes these values once it is in a file, see :func:`replaced`.
+
+    Its values are random for now, since OpenVINO writes equal constants to the same bytes.
+    """
+    from openvino import opset13
+
+    random = np.random.default_rng(list(name.encode())).integers(1, 100, values.shape)
+    constant = opset13.constant(random.astype(values.dtype))
+    constant.set_friendly_name(name)
+    return constant
+
+
+def grown(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any]]) -> tuple[bytes, bytes]:
+    """Files of an IR whose constants have other shapes.
+
+    Args:
+        xml: Content of the .xml file.
+        weights: Content of the .bin file.
+        values: New values of all constants that learning changes, of other shapes; :func:`replaced` writes them.
+    """
+    import openvino as ov
+
+    model = ov.Core().read_model(xml, weights)
+    for node in model.get_ops():
+        if (name := node.get_friendly_name()) in values:
+            node.output(0).replace(placeholder(name, values[name]).output(0))
+    model.validate_nodes_and_infer_types()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        ov.save_model(model, path, compress_to_fp16=False)
+        return path.read_bytes(), path.with_suffix(".bin").read_bytes()
 
 
 def replaced(weights: bytes, places: Mapping[str, Constant], values: Mapping[str, NDArray[Any]]) -> bytes:

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -46,6 +47,7 @@ def predict(
     """
     from .detector import EdgeDetector
 
+    _check_output(output, source)
     detector = EdgeDetector(bundle, device, precision)
     anomalous = False
     images, total = _images(source, frames)
@@ -53,7 +55,7 @@ def predict(
         for number, (name, image) in enumerate(images, 1):
             result = detector.predict(image)
             anomalous |= bool(result.pred_label)
-            _report(result, name, image, output)
+            _print(_line(result, name, image, output))
             done(number)
     return ANOMALOUS if anomalous else GOOD
 
@@ -127,17 +129,19 @@ def undo(bundle: str) -> int:
 def benchmark(
     bundle: str,
     source: str | None = None,
-    devices: list[str] | None = None,
-    precisions: list[str] | None = None,
+    devices: list[str] | str | None = None,
+    precisions: list[str] | str | None = None,
     seconds: float = 5.0,
 ) -> int:
-    """Measure latency and throughput from pixels to decision, a JSON line for each device and precision.
+    """Measure latency and throughput from pixels to decision, a JSON line for each device, precision and hint.
+
+    The hint LATENCY judges one image after the other, THROUGHPUT several at a time.
 
     Args:
         bundle: Folder that the export to openvino has written.
         source: Image or folder to judge; noise, which takes longest, by default.
-        devices: Devices of OpenVINO; all that it finds by default.
-        precisions: Precisions to compute in; that of the bundle by default.
+        devices: A device of OpenVINO, or a list such as "[CPU, GPU]"; all that it finds by default.
+        precisions: A precision to compute in, or a list such as "[f32, bf16]"; that of the bundle by default.
         seconds: Time for each measurement.
     """
     import numpy as np
@@ -146,6 +150,7 @@ def benchmark(
     from .detector import EdgeDetector
     from .images import load
 
+    devices, precisions = ([given] if isinstance(given, str) else given for given in (devices, precisions))
     for device in devices or ov.Core().available_devices:
         for precision in precisions or (None,):
             start = time.perf_counter()
@@ -156,23 +161,21 @@ def benchmark(
                 images = [load(path).transpose(1, 2, 0) for path in _paths(Path(source))[:64]]
             detector.predict(images[0])
             first = time.perf_counter() - start
-            times: list[float] = []
-            end = time.perf_counter() + seconds
-            while time.perf_counter() < end:
-                begin = time.perf_counter()
-                detector.predict(images[len(times) % len(images)])
-                times.append(1e3 * (time.perf_counter() - begin))
-            next(iter(detector.stream(images[:1])))  # compiles
-            count, begin = 0, time.perf_counter()
-            for _ in detector.stream(_until(images, begin + seconds)):
-                count += 1
-            _print({
-                "device": device,
-                "precision": detector.precision,
-                "first_verdict_s": round(first, 3),
-                **{f"latency_p{share}_ms": round(float(np.percentile(times, share)), 2) for share in (50, 90, 99)},
-                "images_per_s": round(count / (time.perf_counter() - begin), 1),
-            })
+            for hint, judge in (("LATENCY", partial(map, detector.predict)), ("THROUGHPUT", detector.stream)):
+                next(iter(judge(images[:1])))  # compiles
+                begins: list[float] = []
+                times: list[float] = []
+                start = time.perf_counter()
+                for _ in judge(_until(images, start + seconds, begins)):
+                    times.append(1e3 * (time.perf_counter() - begins[len(times)]))
+                _print({
+                    "device": device,
+                    "precision": detector.precision,
+                    "hint": hint,
+                    "first_verdict_s": round(first, 3),
+                    **{f"latency_p{share}_ms": round(float(np.percentile(times, share)), 2) for share in (50, 90, 99)},
+                    "images_per_s": round(len(times) / (time.perf_counter() - start), 1),
+                })
     return GOOD
 
 
@@ -223,7 +226,9 @@ def watch(
 ) -> int:
     """Judge each new image of a folder once, as a camera fills it; what others learn meanwhile is taken up.
 
-    Writes one JSON line for each image, an unreadable one too, and goes on until it is interrupted.
+    Writes one JSON line for each image, an unreadable one too, and goes on until it is interrupted. The lines are also
+    added to predictions.jsonl in the output folder, or in the watched one without it; images that are named there are
+    not judged again when it is started anew, unless they have changed.
 
     Args:
         bundle: Folder that the export to openvino has written.
@@ -238,34 +243,63 @@ def watch(
     if not Path(folder).is_dir():
         msg = f"There is no folder {folder} to watch."
         raise FileNotFoundError(msg)
+    _check_output(output, folder)
+    watched = Path(folder).resolve()
     detector = EdgeDetector(bundle, device)
     anomalous, last = False, time.monotonic()
-    sizes: dict[Path, tuple[int, int]] = {}  # size and time of change at the last look
-    judged: dict[Path, tuple[int, int]] = {}
-    while idle is None or time.monotonic() - last < idle:
-        detector.reload()
-        for path in _files(Path(folder)):
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # taken away again
-                continue
-            state = (status.st_size, status.st_mtime_ns)
-            if judged.get(path) == state:
-                continue
-            last = time.monotonic()
-            if sizes.get(path) != state:  # it may be in the middle of being written
-                sizes[path] = state
-                continue
-            judged[path] = state
-            try:
-                result = detector.predict(path)
-            except (OSError, ValueError) as error:
-                _print({"source": str(path), "error": str(error)})
-                continue
-            anomalous |= bool(result.pred_label)
-            _report(result, path.name, path, output)
-        time.sleep(interval)
+    seen: dict[Path, list[int]] = {}  # size and time of change at the last look
+    with _record(Path(output or watched) / "predictions.jsonl") as (judged, record):
+        while idle is None or time.monotonic() - last < idle:
+            detector.reload()
+            for path in _files(watched):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:  # taken away again
+                    continue
+                state = [status.st_size, status.st_mtime_ns]
+                if judged.get(str(path)) == state:
+                    continue
+                last = time.monotonic()
+                if seen.get(path) != state:  # it may be in the middle of being written
+                    seen[path] = state
+                    continue
+                try:
+                    result = detector.predict(path)
+                except (OSError, ValueError) as error:
+                    line = {"source": str(path), "error": str(error)}
+                else:
+                    anomalous |= bool(result.pred_label)
+                    line = _line(result, str(path.relative_to(watched)), path, output)
+                _print(line)
+                record({**line, "state": state})
+            time.sleep(interval)
     return ANOMALOUS if anomalous else GOOD
+
+
+@contextmanager
+def _record(path: Path) -> Generator[tuple[dict[str, list[int]], Callable[[dict[str, Any]], None]], None, None]:
+    """States of the images that a file of JSON lines names, and what adds a line to both."""
+    judged: dict[str, list[int]] = {}
+
+    def note(line: dict[str, Any]) -> None:
+        judged[line["source"]] = line["state"]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        text = file.read()
+        for line in text.splitlines():
+            with suppress(ValueError):  # a line that was being written when the power failed
+                note(json.loads(line))
+        if text and not text.endswith("\n"):
+            file.write("\n")
+
+        def add(line: dict[str, Any]) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            note(line)
+
+        yield judged, add
 
 
 def _reference(path: Path, name: str) -> Callable[[NDArray[np.float32]], dict[str, Any]]:
@@ -336,14 +370,19 @@ def _frames(source: str, frames: int | None) -> Iterator[tuple[str, NDArray[np.u
     """Frames of a video file or a camera, RGB."""
     import numpy as np
 
+    if frames is not None and frames < 1:
+        msg = f"frames must be at least 1, got {frames}."
+        raise ValueError(msg)
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # the message below says it
+
     try:
         import cv2
     except ImportError as error:
         msg = "Videos and cameras are read with OpenCV: pip install opencv-python-headless"
         raise ValueError(msg) from error
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
+    number = 0
     try:
-        number = 0
         while frames is None or number < frames:
             found, frame = capture.read()
             if not found:
@@ -353,19 +392,32 @@ def _frames(source: str, frames: int | None) -> Iterator[tuple[str, NDArray[np.u
     finally:
         capture.release()
     if not number:
-        msg = f"No frame can be read from {source}: it is no video, or there is no such camera."
+        if source.isdigit():
+            msg = f"There is no camera {source}, or it gives no picture; see whether another program uses it."
+        else:
+            msg = f"No frame can be read from {source}: it is no video, or of a kind that OpenCV cannot decode."
         raise ValueError(msg)
 
 
-def _until(images: list[Any], end: float) -> Iterator[Any]:
-    number = 0
-    while time.perf_counter() < end:
-        yield images[number % len(images)]
-        number += 1
+def _until(images: list[Any], end: float, begins: list[float]) -> Iterator[Any]:
+    """Images again and again, at least one; the times at which they are taken are added to `begins`."""
+    while not begins or time.perf_counter() < end:
+        begins.append(time.perf_counter())
+        yield images[len(begins) % len(images)]
 
 
-def _report(result: Prediction, name: str, image: Path | NDArray[np.uint8], output: str | None) -> None:
-    """Print the line of an image, and write its heat map."""
+def _check_output(output: str | None, source: str) -> None:
+    """Refuse to write heat maps among the images, which they would replace or be taken for."""
+    if output is None:
+        return
+    folder, images = Path(output).resolve(), Path(source).resolve()
+    if folder.is_relative_to(images) or folder / images.name == images:
+        msg = f"Heat maps in {output} would mix with the images of {source}; choose an output folder outside of it."
+        raise ValueError(msg)
+
+
+def _line(result: Prediction, name: str, image: Path | NDArray[np.uint8], output: str | None) -> dict[str, Any]:
+    """What is said about an image, after its heat map was written."""
     line = {
         "source": result.source or name,
         "pred_label": result.pred_label,
@@ -373,10 +425,10 @@ def _report(result: Prediction, name: str, image: Path | NDArray[np.uint8], outp
         "variant": result.variant,
     }
     if output is not None:
-        target = (Path(output) / name).with_suffix(".png")
+        target = Path(output) / (name if name.endswith(".png") else f"{name}.png")
         overlay(result, image, target)
         line["overlay"] = str(target)
-    _print(line)
+    return line
 
 
 def overlay(result: Prediction, image: Path | NDArray[Any], target: Path) -> None:
@@ -412,6 +464,8 @@ def overlay(result: Prediction, image: Path | NDArray[Any], target: Path) -> Non
 
 
 def _print(line: dict[str, Any]) -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # in place of the progress bar
     print(json.dumps(line), flush=True)
 
 
@@ -426,7 +480,8 @@ def _progress(what: str, total: int | None) -> Generator[Callable[[int], None], 
             of = f" of {total}" if total else ""
             rate = number / max(time.monotonic() - start, 1e-6)
             left = f", {(total - number) / rate:.0f} s left" if total else ""
-            print(f"\r{what} {number}{of} ({rate:.1f} images/s{left}) ", end="", file=stream, flush=True)
+            bar = f"[{'#' * (30 * number // total):30}] " if total else ""
+            print(f"\r{bar}{what} {number}{of} ({rate:.1f} images/s{left}) ", end="", file=stream, flush=True)
 
     try:
         yield show
@@ -441,11 +496,13 @@ def main(args: list[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from jsonargparse import auto_cli
 
-    commands: dict[str, Any] = {
-        command.__name__: command for command in (predict, learn, info, benchmark, parity, watch, undo)
-    }
+    commands: list[Any] = [predict, learn, info, benchmark, parity, watch, undo]
+    description = (
+        "Inspect with a bundle that the export to openvino has written, and go on learning. "
+        "Exit codes: 0 good; 3 anomalous, held back or different; 1 error; 2 wrong arguments."
+    )
     try:
-        return int(auto_cli(commands, args=args, as_positional=True))
+        return int(auto_cli(commands, args=args, as_positional=True, description=description))
     except (OSError, ValueError) as error:  # what the messages of this package are made for
         print(f"anomalib-edge: {error}", file=sys.stderr)
         return ERROR

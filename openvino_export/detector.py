@@ -7,8 +7,9 @@ import copy
 import json
 import threading
 from collections import defaultdict
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from anomalib_ext.models.components.anomaly_map import anomaly_maps
 from anomalib_ext.models.components.k_center import single_threaded
 from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank, Report
-from anomalib_ext.models.continual_patchcore.tables import graph_tables
+from anomalib_ext.models.continual_patchcore.tables import graph_tables, variant_capacity
 from anomalib_ext.models.continual_patchcore.views import (
     FEW_IMAGES,
     NUM_VIEWS,
@@ -30,7 +31,7 @@ from anomalib_ext.models.continual_patchcore.views import (
 from . import bundle as bundles
 from .bundle import BANK, Bundle, BundleError
 from .images import load, resize
-from .search import NearestNeighbors
+from .search import THREADS, NearestNeighbors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -148,11 +149,10 @@ class EdgeDetector:
         """
         if not isinstance(images, (str, Path, np.ndarray)):
             return [self.predict(image) for image in images]
-        image = resize(load(images), self.input_size)
-        return self._judge(self._model(image), _source(images))
+        return self._predict(images)
 
     def predict_async(self, image: Source) -> Future[Prediction]:
-        """Judge an image while the caller goes on; waits only while all of OpenVINO's requests are busy.
+        """Judge an image on another thread while the caller goes on; several at a time.
 
         Args:
             image: As in :meth:`predict`.
@@ -160,21 +160,7 @@ class EdgeDetector:
         Returns:
             Its result, or the error that :meth:`predict` would have raised.
         """
-        future: Future[Prediction] = Future()
-        try:
-            prepared = resize(load(image), self.input_size)
-        except (OSError, ValueError) as error:
-            future.set_exception(error)
-            return future
-
-        def judge(outputs: Outputs) -> None:
-            try:
-                future.set_result(self._judge(outputs, _source(image)))
-            except Exception as error:  # noqa: BLE001  # belongs to whoever asks for the result
-                future.set_exception(error)
-
-        self._model.start(prepared, judge)
-        return future
+        return self._model.workers.submit(self._predict, image, threads=1)
 
     def stream(self, images: Iterable[Source]) -> Generator[Prediction, None, None]:
         """Judge many images with the highest throughput, several at a time.
@@ -188,15 +174,17 @@ class EdgeDetector:
         waiting: list[Future[Prediction]] = []
         for image in images:
             waiting.append(self.predict_async(image))
-            if len(waiting) > 2 * self._model.requests:
+            if len(waiting) > 2 * self._model.parallel:
                 yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()
 
-    def _judge(self, outputs: Outputs, source: str | None) -> Prediction:
-        """What is said about an image, by the outputs of the graph that runs here."""
+    def _predict(self, images: Source, threads: int = THREADS) -> Prediction:
+        """Judge an image, with so many threads for the search."""
+        source = _source(images)
+        outputs = self._model(resize(load(images), self.input_size))
         if self._knowledge is not None:
-            return self._judge_embedding(outputs["embedding"], self._knowledge, source)
+            return self._judge_embedding(outputs["embedding"], self._knowledge, source, threads)
         label, mask = outputs.get("pred_label"), outputs.get("pred_mask")
         return Prediction(
             pred_score=float(outputs["pred_score"].item()),
@@ -207,16 +195,23 @@ class EdgeDetector:
             source=source,
         )
 
-    def _judge_embedding(self, embedding: Array, knowledge: _Knowledge, source: str | None) -> Prediction:
+    def _judge_embedding(
+        self,
+        embedding: Array,
+        knowledge: _Knowledge,
+        source: str | None,
+        threads: int,
+    ) -> Prediction:
         """Search and post-processing, equal to that of `model.xml`.
 
         Args:
             embedding: Shape `(h, w, d)`.
             knowledge: What to judge by.
             source: Path of the image.
+            threads: Threads that share the search.
         """
         patches = embedding.reshape(-1, embedding.shape[-1])
-        scores, index = _search(patches, knowledge, source)
+        scores, index = _search(patches, knowledge, source, threads)
         position = int(np.bincount(knowledge.owners[index], minlength=1).argmax())
         metadata = self._bundle.metadata
         score = self._image_score(patches, scores, index, knowledge)
@@ -305,7 +300,6 @@ class EdgeDetector:
                     progress(number)
             report = bank.commit()
             if recent:
-                self._check_capacity(bank)
                 search = NearestNeighbors(bank.vectors)
                 one_shot = bool(self._bundle.metadata.get("one_shot"))
                 for name, own in recent.items():
@@ -350,19 +344,25 @@ class EdgeDetector:
             knowledge = self._known()
             if knowledge is self._saved:
                 return
-            read = bundles.read(self._bundle.folder, ("model.xml", "model.bin"))
+            read = bundles.read(self._bundle.folder, bundles.WHOLE)
             arrays, plain = knowledge.bank.to_arrays()
-            dimension = arrays["vectors"].shape[1]
-            tables = graph_tables(knowledge.bank, dimension, int(self._bundle.metadata["variant_capacity"]))
+            metadata = self._bundle.metadata
+            room = int(metadata["variant_capacity"])
+            capacity = max(room, variant_capacity(len(knowledge.names)))
+            tables = graph_tables(knowledge.bank, arrays["vectors"].shape[1], capacity)
             # Without thresholds by variant, the graph has no use for the owners of vectors either.
-            by_variant = self._bundle.metadata.get("variant_thresholds", True) and (
-                self._bundle.metadata.get("normalization") or self._bundle.metadata.get("thresholding")
+            by_variant = metadata.get("variant_thresholds", True) and (
+                metadata.get("normalization") or metadata.get("thresholding")
             )
-            needed = bundles.CONSTANTS if by_variant else bundles.CONSTANTS[:2]
-            places = bundles.constants(read.contents["model.xml"], needed)
-            weights = bundles.replaced(read.contents["model.bin"], places, {name: tables[name] for name in places})
-            files = {"model.bin": weights, BANK: save(arrays, {"plain": json.dumps(plain, allow_nan=False)})}
-            self._bundle = bundles.update(self._bundle, files, {"variants": knowledge.names})
+            tables = {name: tables[name] for name in (bundles.CONSTANTS if by_variant else bundles.CONSTANTS[:2])}
+            xml, weights = (read.contents[name] for name in bundles.WHOLE)
+            files = {BANK: save(arrays, {"plain": json.dumps(plain, allow_nan=False)})}
+            if by_variant and capacity > room:
+                xml, weights = bundles.grown(xml, weights, tables)
+                files["model.xml"] = xml
+            files["model.bin"] = bundles.replaced(weights, bundles.constants(xml, tables), tables)
+            changes = {"variants": knowledge.names, "variant_capacity": capacity}
+            self._bundle = bundles.update(self._bundle, files, changes)
             self._saved = knowledge
 
     def reload(self) -> bool:
@@ -431,15 +431,6 @@ class EdgeDetector:
             raise BundleError(msg)
         return self._knowledge
 
-    def _check_capacity(self, bank: MemoryBank) -> None:
-        capacity = int(self._bundle.metadata["variant_capacity"])
-        if len(bank.variants) > capacity:
-            msg = (
-                f"The bundle has room for {capacity} variants, so nothing of this call was learned. Learn the new ones "
-                "on the training PC and export the model again, which makes room for twice as many."
-            )
-            raise ValueError(msg)
-
     def _know(self, bank: MemoryBank, read: Bundle, search: NearestNeighbors | None = None) -> _Knowledge:
         if not len(bank):
             msg = (
@@ -466,11 +457,16 @@ class EdgeDetector:
         return _Knowledge(bank, list(bank.variants), bank.owners, values, search or NearestNeighbors(bank.vectors))
 
 
-def _search(patches: Array, knowledge: _Knowledge, name: str | None) -> tuple[Array, NDArray[np.int64]]:
+def _search(
+    patches: Array,
+    knowledge: _Knowledge,
+    name: str | None,
+    threads: int = THREADS,
+) -> tuple[Array, NDArray[np.int64]]:
     if not np.isfinite(patches).all():
         msg = f"{name or 'The image'} gives embeddings that are not finite; look for damaged weights."
         raise ValueError(msg)
-    return knowledge.search.search(patches)
+    return knowledge.search.search(patches, threads)
 
 
 def _excess(patches: Array, variant: str | None, knowledge: _Knowledge, name: str) -> float:
@@ -513,42 +509,40 @@ class _Network:
             msg = f"{name} of {read.folder} has no output {', '.join(sorted(missing))}; export the model again."
             raise BundleError(msg)
         self.last_dimension = int(model.output(0).partial_shape[-1].get_length())
-        self._core, self._read, self._device = core, model, device
-        self._config = {"INFERENCE_PRECISION_HINT": precision}
-        self._compiled = core.compile_model(model, device, {**self._config, "PERFORMANCE_HINT": "LATENCY"})
+        self._compile = lambda hint: core.compile_model(
+            model, device, {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": hint}
+        )
+        try:
+            self._compiled = self._compile("LATENCY")
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            msg = f"{name} of {read.folder} cannot be run on {device} in {precision}: {reason}"
+            raise ValueError(msg) from error
         self._own = threading.local()
-        self._lock = threading.Lock()
-        self._queue: Any = None
+        self.parallel = 1
 
     def __call__(self, image: Array) -> Outputs:
         """Run it on an image of shape `(3, H, W)` in [0, 1]; the outputs are without the batch dimension."""
         if not hasattr(self._own, "request"):
             self._own.request = self._compiled.create_infer_request()
-        self._own.request.infer([np.ascontiguousarray(image[None])], share_inputs=True)
-        return self._outputs(self._own.request)
-
-    def _outputs(self, request: Any) -> Outputs:  # noqa: ANN401  # OpenVINO's
+        request = self._own.request
+        request.infer([np.ascontiguousarray(image[None])], share_inputs=True)
         # Copies, since the request will be used again.
         return {name: request.get_output_tensor(i).data[0].copy() for i, name in enumerate(self._names)}
 
-    def start(self, image: Array, callback: Callable[[Outputs], None]) -> None:
-        """Run it in the background, then call `callback` with what :meth:`__call__` would return."""
-        self._throughput().start_async([np.ascontiguousarray(image[None])], callback)
+    @cached_property
+    def workers(self) -> ThreadPoolExecutor:
+        """Threads for many images: as many as OpenVINO runs at a time when it is to reach the highest throughput.
 
-    @property
-    def requests(self) -> int:
-        """Number of images that it runs on at the same time."""
-        return len(self._throughput())
+        Not OpenVINO's own queue: a callback that is still running when Python ends aborts the process.
+        """
+        compiled, own = self._compile("THROUGHPUT"), self._own
+        self.parallel = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
 
-    def _throughput(self) -> Any:  # noqa: ANN401  # OpenVINO's queue
-        import openvino as ov
+        def begin() -> None:
+            own.request = compiled.create_infer_request()
 
-        with self._lock:
-            if self._queue is None:
-                hint = {**self._config, "PERFORMANCE_HINT": "THROUGHPUT"}
-                self._queue = ov.AsyncInferQueue(self._core.compile_model(self._read, self._device, hint))
-                self._queue.set_callback(lambda request, callback: callback(self._outputs(request)))
-            return self._queue
+        return ThreadPoolExecutor(self.parallel, "predict", begin)
 
 
 def _bank(read: Bundle) -> MemoryBank:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# More than two share a search badly: its parts are short.
+THREADS = min(2, os.cpu_count() or 1)
+
 # Measured on banks of 10,000 vectors of tf_efficientnet_lite0, see docs/edge.md.
 AXES = 47
 CELLS = 128
@@ -50,7 +53,6 @@ class NearestNeighbors:
 
     Args:
         vectors: Shape `(n, d)`, at least one.
-        threads: Threads that share a search.
 
     Example:
         >>> bank = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32)
@@ -59,7 +61,7 @@ class NearestNeighbors:
         [0, 1, 2, 3, 4]
     """
 
-    def __init__(self, vectors: Array, threads: int = 2) -> None:
+    def __init__(self, vectors: Array) -> None:
         self.mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
         centered = vectors - self.mean
         axes = min(AXES, vectors.shape[1])
@@ -76,11 +78,9 @@ class NearestNeighbors:
         self.bounds = list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
         squares = np.einsum("ij,ij->i", points, points)
         self.largest = float(squares.max())
-        # A row of ones below the queries adds the squares, which makes of the product what ranks the distances.
-        self.blocks = [
-            np.concatenate([-2 * points[first:last], squares[first:last, None]], axis=1).T.copy()
-            for first, last in self.bounds
-        ]
+        # A query ends with a one, which adds the square, and with what the sum may reach at most, which is subtracted.
+        blocks = np.concatenate([-2 * points, squares[:, None], np.full((len(points), 1), -1, np.float32)], axis=1)
+        self.blocks = [blocks[first:last].T.copy() for first, last in self.bounds]
         self.centers = np.concatenate([-2 * centers, np.einsum("ij,ij->i", centers, centers)[:, None]], axis=1).T.copy()
         self.radii = np.array([
             np.linalg.norm(points[first:last] - center, axis=1).max()
@@ -89,73 +89,72 @@ class NearestNeighbors:
         self.members = np.full((len(centers), max(last - first for first, last in self.bounds)), -1, np.int64)
         for cell, (first, last) in enumerate(self.bounds):
             self.members[cell, : last - first] = np.arange(first, last)
-        self._threads = min(threads, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(self._threads - 1, "search") if self._threads > 1 else None
+        self._pool = ThreadPoolExecutor(max(1, THREADS - 1), "search")
 
-    def search(self, queries: Array) -> tuple[Array, NDArray[np.int64]]:
+    def search(self, queries: Array, threads: int = THREADS) -> tuple[Array, NDArray[np.int64]]:
         """Find the nearest vector of each query.
 
         Args:
             queries: Shape `(m, d)`, finite.
+            threads: Threads that share the search, at most `THREADS`.
 
         Returns:
             Distance of each query to its nearest vector, and the index of that vector, each of shape `(m,)`.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        parts = self._each(self._begin, np.array_split(queries, max(1, min(self._threads, len(queries)))))
-        points, limits, near, nearest, index = (np.concatenate(part) for part in zip(*parts, strict=True))
+        parts = self._each(self._begin, np.array_split(queries, max(1, min(threads, len(queries)))))
+        points, near, nearest, index = (np.concatenate(part) for part in zip(*parts, strict=True))
         if len(self.blocks) > 1:
             near = near.T.copy()
-            cells = [range(first, len(self.blocks), self._threads) for first in range(self._threads)]
-            found = self._each(lambda group: self._candidates(points, limits, near, group), cells)
+            cells = [range(first, len(self.blocks), threads) for first in range(threads)]
+            found = self._each(lambda group: self._candidates(points, near, group), cells)
             rows, columns = (np.concatenate(part) for part in zip(*found, strict=True))
-            groups = _Candidates(rows, columns, len(queries)).groups(self._threads)
+            groups = _Candidates(rows, columns, len(queries)).groups(threads)
             self._each(lambda group: _improve(queries, self.vectors, nearest, index, group), groups)
         return np.sqrt(nearest), self.order[index]
 
     def _each(self, function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
         """Results for all items, computed by the calling thread and those of the pool."""
-        if self._pool is None:
-            return [function(item) for item in items]
         others = [self._pool.submit(function, item) for item in items[1:]]
         return [function(items[0]), *(other.result() for other in others)]
 
     @single_threaded()
-    def _begin(self, queries: Array) -> tuple[Array, Array, NDArray[np.bool_], Array, NDArray[np.int64]]:
+    def _begin(self, queries: Array) -> tuple[Array, NDArray[np.bool_], Array, NDArray[np.int64]]:
         """Project queries, and compare them with the vectors of their own cell.
 
         Returns:
-            The projected queries with a one at the end; what ranks no lower is not nearer; which cells may hold a
-            nearer vector, shape `(m, cells)`; squared distance to the nearest in the own cell, and its index.
+            The projected queries, whose products with a block are positive where a vector is not nearer; which cells
+            may hold a nearer vector, shape `(m, cells)`; squared distance to the nearest in the own cell, and its
+            index.
         """
-        points = self._project(queries)
-        squares = np.einsum("ij,ij->i", points, points)
-        points = np.concatenate([points, np.ones((len(points), 1), np.float32)], axis=1)
+        projected = self._project(queries)
+        squares = np.einsum("ij,ij->i", projected, projected)
+        points = np.concatenate([projected, np.ones((len(queries), 2), np.float32)], axis=1)
         rounding = ROUNDING * (squares + self.largest)
-        to_centers = product(points, self.centers)
+        to_centers = product(points[:, :-1], self.centers)
         own = to_centers.argmin(axis=1)
         nearest, index = _compare(queries, self.vectors, self.members[own])
         to_centers += (squares - rounding)[:, None]
         np.sqrt(np.maximum(to_centers, 0, out=to_centers), out=to_centers)
         near = to_centers <= self.radii + (np.sqrt(nearest) + 1e-3 * np.sqrt(rounding))[:, None]
         near[np.arange(len(queries)), own] = False  # is compared already
-        return points, nearest - squares + rounding, near, nearest, index
+        points[:, -1] = nearest - squares + rounding
+        return points, near, nearest, index
 
     def _candidates(
         self,
         points: Array,
-        limits: Array,
         near: NDArray[np.bool_],
         cells: Sequence[int],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Pairs of a query and a vector, of some cells, that may be nearer than the nearest so far."""
         rows, columns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for cell in cells:
-            visitors = np.flatnonzero(near[cell])
+            visitors = near[cell].nonzero()[0]
             if len(visitors):
                 first, last = self.bounds[cell]
-                below = product(points.take(visitors, axis=0), self.blocks[cell]) <= limits.take(visitors)[:, None]
-                row, column = np.divmod(np.flatnonzero(below), last - first)
+                below = product(points.take(visitors, axis=0), self.blocks[cell]) <= 0
+                row, column = np.divmod(below.ravel().nonzero()[0], last - first)
                 rows.append(visitors[row])
                 columns.append(column + first)
         return np.concatenate(rows), np.concatenate(columns)

@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from openvino_export import EdgeDetector
 from openvino_export.cli import main
+
+COMMAND = [sys.executable, "-c", "import sys; from openvino_export.cli import main; sys.exit(main(sys.argv[1:]))"]
 
 
 @pytest.fixture
@@ -46,6 +49,30 @@ def test_predict(run: Any, exported: Path, products: Path, tmp_path: Path) -> No
         assert (np.abs(overlay - image).max() > 50) or not line["pred_label"]
 
 
+def test_video(exported: Path, products: Path, tmp_path: Path) -> None:
+    """Its frames are judged in order, as the same pictures are, by the command in a process of its own."""
+    cv2 = pytest.importorskip("cv2")
+    images = sorted((products / "stripes" / "test").glob("*/00[01].png"))
+    video = tmp_path / "line.avi"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"FFV1"), 10, (64, 64))  # without loss
+    for path in images:
+        writer.write(cv2.imread(str(path)))
+    writer.release()
+    for options, count in ((["--output", tmp_path / "maps"], 4), (["--frames", "2"], 2)):
+        done = subprocess.run(
+            [*COMMAND, "predict", exported, video, *options], capture_output=True, text=True, check=False
+        )
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        expected = EdgeDetector(exported).predict(images[:count])
+        assert [line["pred_label"] for line in lines] == [result.pred_label for result in expected]
+        assert [line["source"] for line in lines] == [f"line_{number:06}" for number in range(count)]
+        for line, result in zip(lines, expected, strict=True):
+            assert line["pred_score"] == pytest.approx(result.pred_score, abs=1e-3)
+        assert done.returncode == (3 if any(line["pred_label"] for line in lines) else 0), done.stderr
+    overlays = sorted((tmp_path / "maps").iterdir())
+    assert [path.name for path in overlays] == [f"line_{number:06}.png" for number in range(4)]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -56,6 +83,12 @@ def test_predict(run: Any, exported: Path, products: Path, tmp_path: Path) -> No
         (["predict", "BUNDLE", "BUNDLE/model.bin"], "OpenCV|No frame"),
         (["predict", "BUNDLE", "image.png", "--device", "TPU"], "no device TPU"),
         (["undo", "BUNDLE"], "no previous state"),
+        (["predict", "BUNDLE", "99"], "no camera 99"),
+        (["predict", "BUNDLE", "BUNDLE/model.bin", "--frames", "0"], "frames must be at least 1"),
+        (["predict", "BUNDLE", "image.png", "--precision", "int3"], "in int3: .*Supported values: bf16"),
+        (["predict", "BUNDLE", "BUNDLE", "--output", "BUNDLE/maps"], "would mix with the images"),
+        (["predict", "BUNDLE", "BUNDLE/a.png", "--output", "BUNDLE"], "would mix with the images"),
+        (["watch", "BUNDLE", "BUNDLE", "--output", "BUNDLE/maps"], "would mix with the images"),
         (["watch", "BUNDLE", "gone"], "no folder gone"),
         (["parity", "BUNDLE", "BUNDLE", "--reference", "gone.onnx"], "no model gone.onnx"),
     ],
@@ -127,12 +160,14 @@ def test_parity_with_a_checkpoint(
 
 
 def test_benchmark(run: Any, exported: Path, products: Path) -> None:  # noqa: ANN401
-    """A line for each device and precision."""
-    options = ["--devices", '["CPU"]', "--precisions", '["f32","bf16"]', "--seconds", "0.3"]
+    """A line for each device, precision and hint."""
+    options = ["--devices", "CPU", "--precisions", "[f32, bf16]", "--seconds", "0.3"]
     for source in ([], ["--source", products / "dots" / "test"]):
         code, lines, _ = run("benchmark", exported, *source, *options)
         assert code == 0
-        assert [(line["device"], line["precision"]) for line in lines] == [("CPU", "f32"), ("CPU", "bf16")]
+        assert [(line["device"], line["precision"], line["hint"]) for line in lines] == [
+            ("CPU", precision, hint) for precision in ("f32", "bf16") for hint in ("LATENCY", "THROUGHPUT")
+        ]
         assert all(0 < line["latency_p50_ms"] <= line["latency_p99_ms"] and line["images_per_s"] > 0 for line in lines)
 
 
@@ -163,6 +198,43 @@ def test_watch(run: Any, bundle: Path, products: Path, tmp_path: Path) -> None: 
     assert [line.get("variant") for line in lines] == ["stripes", None, "dots"]
 
 
+def test_watch_goes_on_after_a_kill(exported: Path, products: Path, tmp_path: Path) -> None:
+    """Images that were judged are not judged again; those that came meanwhile, or have changed, are."""
+    folder, images = tmp_path / "camera", sorted((products / "stripes" / "test").glob("*/*.png"))
+    (folder / "deep").mkdir(parents=True)
+    shutil.copy(images[0], folder / "a.png")
+    command = [*COMMAND, "watch", exported, folder, "--output", tmp_path / "maps", "--interval", "0.1"]
+
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert worker.stdout is not None
+        first = [json.loads(worker.stdout.readline())]
+        shutil.copy(images[1], folder / "deep" / "a.png")
+        first.append(json.loads(worker.stdout.readline()))
+        time.sleep(0.2)  # the line is printed before it is written down
+    finally:
+        worker.kill()
+        worker.wait()
+    record = tmp_path / "maps" / "predictions.jsonl"
+    with record.open("a") as file:
+        file.write('{"source": "cut')  # as by a power failure
+    shutil.copy(images[2], folder / "c.png")
+    shutil.copy(images[-1], folder / "a.png")
+    done = subprocess.run([*command, "--idle", "1"], capture_output=True, text=True, check=False)
+    second = [json.loads(line) for line in done.stdout.splitlines()]
+    names = [[str(Path(line["source"]).relative_to(folder)) for line in lines] for lines in (first, second)]
+    assert names == [["a.png", "deep/a.png"], ["a.png", "c.png"]]
+    assert second[0]["pred_label"] is True
+    assert done.returncode == 3
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("maps/**/*.png")} == {
+        "maps/a.png",
+        "maps/deep/a.png",
+        "maps/c.png",
+    }
+    again = subprocess.run([*command, "--idle", "0.5"], capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (0, "")
+
+
 def test_a_model_without_a_bank(run: Any, without_bank: Path, products: Path, tmp_path: Path) -> None:  # noqa: ANN401
     """Every command works that has a meaning for it; the others say why they do not."""
     images = products / "stripes" / "test" / "good"
@@ -171,9 +243,11 @@ def test_a_model_without_a_bank(run: Any, without_bank: Path, products: Path, tm
     assert all(Path(line["overlay"]).is_file() and line["variant"] is None for line in lines)
     code, lines, _ = run("parity", without_bank, images)
     assert (code, lines[0]["same"], lines[0]["largest_difference_of_pred_score"]) == (0, True, 0)
-    code, lines, _ = run("benchmark", without_bank, "--devices", '["CPU"]', "--seconds", "0.1")
-    assert (code, len(lines)) == (0, 1)
-    code, lines, _ = run("watch", without_bank, images, "--idle", "2", "--interval", "0.05")
+    code, lines, _ = run("benchmark", without_bank, "--devices", "CPU", "--seconds", "0.1")
+    assert (code, len(lines)) == (0, 2)
+    code, lines, _ = run(
+        "watch", without_bank, images, "--output", tmp_path / "maps", "--idle", "2", "--interval", "0.05"
+    )
     assert len(lines) == 6
     for command, message in ((["learn", images], "no memory bank"), (["undo"], "no previous state")):
         code, _, errors = run(command[0], without_bank, *command[1:])

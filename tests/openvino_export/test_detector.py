@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_ext.models import ContinualPatchCore
 from openvino_export import EdgeDetector
-from openvino_export.bundle import BundleError
+from openvino_export.bundle import BundleError, read, undo
 from openvino_export.detector import SUSPICION, Prediction
 from openvino_export.images import load, resize
 
@@ -301,14 +301,38 @@ def test_two_processes(bundle: Path, good: dict[str, list[Path]]) -> None:
     assert list(EdgeDetector(bundle).info()["variants"]) == ["stripes", "dots", "checks"]
 
 
-def test_no_room_for_a_variant(bundle: Path, good: dict[str, list[Path]]) -> None:
-    """The graph has a fixed number of thresholds; learning says so, and nothing changes."""
-    metadata = json.loads((bundle / "metadata.json").read_text())
-    (bundle / "metadata.json").write_text(json.dumps({**metadata, "variant_capacity": 1}))
+def test_more_variants_than_the_graph_has_room_for(
+    bundle: Path,
+    good: dict[str, list[Path]],
+    tested: list[Path],
+) -> None:
+    """Its tables grow; `model.xml` judges as before, by the thresholds of all; undo brings back the smaller one."""
+    before, names = EdgeDetector(bundle), [path.name for path in sorted(bundle.iterdir())]
+    old = (bundle / "model.xml").read_bytes()
+    room = read(bundle).metadata["variant_capacity"]
     detector = EdgeDetector(bundle)
-    with pytest.raises(ValueError, match="room for 1 variants"):
-        detector.learn(good["dots"][:2], "dots")
-    assert list(detector.info()["variants"]) == ["stripes"]
+    assert detector._knowledge is not None
+    bank = copy.deepcopy(detector._knowledge.bank)
+    for number in range(room - 1):  # faster than by `learn`
+        bank.learn(bank.vectors[:9] + 50 + number, f"{number}")
+    bank.commit()
+    detector._knowledge = detector._know(bank, detector._bundle)
+    detector.save()
+    assert (bundle / "model.xml").read_bytes() == old
+    detector.learn(good["dots"], "dots")
+    detector.save()
+    assert before.reload()
+    metadata = read(bundle).metadata
+    assert (len(metadata["variants"]), metadata["variant_capacity"]) == (room + 1, 2 * room)
+    assert {path.name for path in bundle.iterdir()} == {*names, ".previous"}
+    results = before.predict(tested)
+    assert {result.variant for result in results if "dots" in str(result.source)} == {"dots"}
+    assert_same(results, whole(bundle, tested))
+    model = ov.Core().read_model(bundle / "model.xml")
+    assert model.get_rt_info(["model_info", "model_type"]).astype(str) == "AnomalyDetection"
+    undo(bundle)
+    assert (bundle / "model.xml").read_bytes() == old
+    assert_same(EdgeDetector(bundle).predict(tested), whole(bundle, tested))
 
 
 def test_devices(exported: Path) -> None:
@@ -340,6 +364,24 @@ def test_other_models(
             assert result.pred_label == (None if label is None else label.item())
         detector.learn(good["dots"][:3], "dots", force=True)
         detector.save()
+
+
+ASYNCHRONOUS = """
+import sys
+from openvino_export import EdgeDetector
+
+detector = EdgeDetector(sys.argv[1])
+list(detector.stream([sys.argv[2]] * 4))
+detector.predict_async(sys.argv[2]).add_done_callback(lambda future: print(future.result().variant))
+"""
+
+
+def test_background_judging_ends_with_the_process(exported: Path, tested: list[Path]) -> None:
+    """What was begun is finished, and nothing aborts."""
+    for _ in range(3):
+        command = [sys.executable, "-c", ASYNCHRONOUS, exported, tested[0]]
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "stripes\n", "")
 
 
 def test_a_model_without_a_bank(without_bank: Path, good: dict[str, list[Path]], tested: list[Path]) -> None:

@@ -16,7 +16,7 @@ Array = NDArray[np.float32]
 
 def assert_exact(bank: Array, queries: Array, threads: int = 2) -> None:
     """Compare with all distances in double precision."""
-    distances, index = NearestNeighbors(bank, threads).search(queries)
+    distances, index = NearestNeighbors(bank).search(queries, threads)
     differences = queries[:, None].astype(np.float64) - bank[None]
     every = np.sqrt((differences**2).sum(axis=2))
     # As precisely as the values themselves are known.
@@ -89,8 +89,8 @@ def test_most_distances_are_never_computed() -> None:
     bank = (rng.normal(size=(10_000, 152)) * scales).astype(np.float32)
     search = NearestNeighbors(bank)
     queries = bank[:256] + (0.2 * rng.normal(size=(256, 152)) * scales).astype(np.float32)
-    points, limits, near, nearest, _ = search._begin(queries)
-    rows, _ = search._candidates(points, limits, near.T.copy(), range(len(search.blocks)))
+    points, near, nearest, _ = search._begin(queries)
+    rows, _ = search._candidates(points, near.T.copy(), range(len(search.blocks)))
     assert len(rows) < 0.01 * near.size / len(search.blocks) * len(bank)
     assert (np.abs(search.search(queries)[0] - np.sqrt(nearest)) > 1e-3).any(), "the own cell does not suffice"
 

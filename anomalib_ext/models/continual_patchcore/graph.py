@@ -60,6 +60,7 @@ def bundle_of(model: "ContinualPatchCore", size: tuple[int, int]) -> Bundle:
         "bank.vectors": "owner.model.memory_bank",
         "bank.squares": "owner.model.squares",
         "bank.owners": "owner.model.owners",
+        "bank.positions": "owner.model.positions",
     }
     by_variant = isinstance(model.post_processor, VariantPostProcessor)
     if by_variant:

@@ -24,16 +24,18 @@ def variant_capacity(variants: int) -> int:
     return capacity
 
 
-def bank_tables(bank: MemoryBank, dimension: int) -> dict[str, NDArray[Any]]:
+def bank_tables(bank: MemoryBank, dimension: int, capacity: int) -> dict[str, NDArray[Any]]:
     """The bank as it is searched; unused rows are zero, with an infinite square.
 
     Args:
         bank: Bank, without what is still in its stream.
         dimension: Length `d` of a vector.
+        capacity: Number of variants that there is room for.
 
     Returns:
         `vectors`, shape `(size, d)`, in the bank's precision; `squares`, their squared lengths in float32, shape
-        `(size,)`; `owners`, the position of each vector's variant in int64, shape `(size,)`.
+        `(size,)`; `owners`, the position of each vector's variant in int64, shape `(size,)`; `positions`, those of all
+        variants, shape `(capacity,)`.
     """
     vectors = np.zeros((bank.size, dimension), bank.dtype)
     squares = np.full(bank.size, np.inf, np.float32)
@@ -43,7 +45,7 @@ def bank_tables(bank: MemoryBank, dimension: int) -> dict[str, NDArray[Any]]:
         vectors[:count] = learned
         squares[:count] = np.einsum("ij,ij->i", learned, learned)
         owners[:count] = bank.owners
-    return {"vectors": vectors, "squares": squares, "owners": owners}
+    return {"vectors": vectors, "squares": squares, "owners": owners, "positions": np.arange(capacity)}
 
 
 def threshold_tables(bank: MemoryBank, capacity: int) -> dict[str, NDArray[np.float32]]:
@@ -71,5 +73,5 @@ def threshold_tables(bank: MemoryBank, capacity: int) -> dict[str, NDArray[np.fl
 
 def graph_tables(bank: MemoryBank, dimension: int, capacity: int) -> dict[str, NDArray[Any]]:
     """All tables, by the names of the constants that hold them in an OpenVINO file; see the functions above."""
-    tables = {**bank_tables(bank, dimension), **threshold_tables(bank, capacity)}
+    tables = {**bank_tables(bank, dimension, capacity), **threshold_tables(bank, capacity)}
     return {f"bank.{name}": table for name, table in tables.items()}

@@ -15,7 +15,7 @@ from anomalib_ext.models.components import patchcore
 from anomalib_ext.models.components.backbone import load_backbone
 
 from .memory_bank import MemoryBank
-from .tables import bank_tables, variant_capacity
+from .tables import bank_tables
 from .views import NUM_VIEWS, augmented_views, image_hash
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class ContinualPatchCoreModel(nn.Module):
     memory_bank: torch.Tensor
     squares: torch.Tensor
     owners: torch.Tensor
+    positions: torch.Tensor
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class ContinualPatchCoreModel(nn.Module):
         self.feature_extractor = load_backbone(backbone, layers, pre_trained, weights).eval()
         self.layers = list(self.feature_extractor.layers)
         self.feature_pooler = nn.AvgPool2d(3, 1, 1)
-        for name in ("memory_bank", "squares", "owners"):
+        for name in ("memory_bank", "squares", "owners", "positions"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self.refresh()
 
@@ -130,10 +131,7 @@ class ContinualPatchCoreModel(nn.Module):
             Raw scores of shape ``(B,)``, anomaly maps ``(B, 1, H, W)`` and variants ``(B,)``.
         """
         batch, height, width, _ = embedding.shape
-        variants = len(self.bank.variants)
-        if torch.compiler.is_compiling():  # an exported model has room to learn further variants
-            variants = variant_capacity(variants)
-        votes = self.owners[locations].unsqueeze(-1) == torch.arange(variants, device=scores.device)
+        votes = self.owners[locations].unsqueeze(-1) == self.positions
         return ContinualInferenceBatch(
             pred_score=patchcore.image_score(
                 scores,
@@ -193,9 +191,10 @@ class ContinualPatchCoreModel(nn.Module):
 
     def refresh(self) -> None:
         """Bring the bank into the tensors that are searched."""
+        tables = bank_tables(self.bank, sum(self.feature_extractor.out_dims), len(self.bank.variants))
         device = self.memory_bank.device
-        tables = bank_tables(self.bank, sum(self.feature_extractor.out_dims))
-        self.memory_bank, self.squares, self.owners = (torch.from_numpy(table).to(device) for table in tables.values())
+        tensors = (torch.from_numpy(table).to(device) for table in tables.values())
+        self.memory_bank, self.squares, self.owners, self.positions = tensors
 
     def get_extra_state(self) -> dict[str, Any]:
         """The bank, with the open stream, and what it depends on, as tensors and plain data."""
