@@ -101,6 +101,33 @@ def check_files(paths: Sequence[str] | None) -> None:
             raise ValueError(msg)
 
 
+def check_images(images: torch.Tensor) -> None:
+    """Refuse normalised images that cannot be learned or judged.
+
+    Raises:
+        ValueError: If the shape is not ``(B, 3, H, W)``, or a value is not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        msg = f"Images must have the shape (B, 3, H, W), got {tuple(images.shape)}."
+        raise ValueError(msg)
+    if not torch.compiler.is_compiling() and not torch.isfinite(images).all():
+        bad = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        msg = f"Images {bad} of the batch hold NaN or infinite values. Nothing of the batch was used."
+        raise ValueError(msg)
+
+
+def check_scores(scores: torch.Tensor) -> None:
+    """Refuse image scores of shape ``(B,)`` that are not finite.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if not torch.compiler.is_compiling() and not torch.isfinite(scores).all():
+        bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+        msg = f"Images {bad} of the batch give scores that are not finite; look for NaN in the weights of the model."
+        raise ValueError(msg)
+
+
 def _image_files(trainer: Trainer) -> list[str]:
     """Image files of the trainer's datasets."""
     paths: list[str] = []
