@@ -352,8 +352,8 @@ class WithAnomalies:
         collate: Makes a batch of items.
         resize: Resizes an image, if wanted.
         synthesis: Gives an image with an anomaly and its mask, shapes ``(3, H, W)`` and ``(1, H, W)``, from an image of
-            values in [0, 1] and its path. Its attribute ``seed`` is drawn anew for each batch, from the generator whose
-            state comes with checkpoints, or from that of a worker.
+            values in [0, 1] and its path. It has a new seed for each batch, from the random numbers of the process,
+            whose state comes with checkpoints: so a training that is resumed sees what it would have seen.
     """
 
     def __init__(self, collate: Callable[[list[ImageItem]], ImageBatch], resize: Transform | None, synthesis: Any) -> None:  # noqa: ANN401
@@ -363,7 +363,7 @@ class WithAnomalies:
 
     def __call__(self, items: Sequence[ImageItem]) -> ImageBatch:
         """Make a batch."""
-        self.synthesis.seed = int(torch.randint(2**31, ()))
+        self.synthesis.reseed(int(torch.randint(2**31, ())))
         clean, anomalous = [], []
         for item in items:
             image = self.resize(cast("torch.Tensor", item.image)).as_subclass(torch.Tensor)
