@@ -13,21 +13,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib import LearningType
 from anomalib.data import Batch, InferenceBatch
 from anomalib.models.components.backbone import get_decoder
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode, AnomalyMapGenerator
 from anomalib.models.image.reverse_distillation.components import get_bottleneck_layer
-from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from anomalib_ext.export import Bundle, BundleExport, WholeGraph
 
 from . import training
 from .backbone import load_backbone
-from .training import UnreadableImages, check_files, prepare_fit
+from .training import InspectionModule, check_files
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +215,7 @@ def judge(
     return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
 
 
-class DistillationModule(BundleExport, LightningModule):
+class DistillationModule(BundleExport, InspectionModule):
     """Life in a trainer of a model with :class:`Teacher` modules. To be named before ``AnomalibModule`` as base.
 
     Attributes:
@@ -228,7 +225,6 @@ class DistillationModule(BundleExport, LightningModule):
         sized: Ends of the names of tensors of the size of maps, which comes with a checkpoint, as its pre-processor.
     """
 
-    model: nn.Module
     backbone: str
     save_teachers: bool
     sized: tuple[str, ...] = ()
@@ -238,20 +234,6 @@ class DistillationModule(BundleExport, LightningModule):
     def trainer_arguments(self) -> dict[str, Any]:
         """Nothing is judged before the first step."""
         return {"num_sanity_val_steps": 0}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """Learns from normal images."""
-        return LearningType.ONE_CLASS
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's callbacks, and one that names unreadable images."""
-        return [*cast("list[Callback]", super().configure_callbacks()), UnreadableImages()]
-
-    def setup(self, stage: str) -> None:
-        """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
-        if stage == TrainerFn.FITTING:
-            prepare_fit(self.trainer)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what is learned: all but the teachers."""
@@ -285,25 +267,6 @@ class DistillationModule(BundleExport, LightningModule):
             raise ValueError(msg)
         self.log("train_loss", value.detach(), on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True)
         return value
-
-    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
-        """Score a batch."""
-        del args, kwargs
-        return self._judge(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
-        """Score a batch."""
-        del batch_idx, args, kwargs
-        return self._judge(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Score a batch."""
-        del batch_idx, dataloader_idx
-        return self._judge(batch)
-
-    def _judge(self, batch: Batch) -> Batch:
-        check_files(getattr(batch, "image_path", None))
-        return batch.update(**self.model(batch.image)._asdict())
 
     # Checkpoints
 

@@ -6,13 +6,17 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
-from anomalib.data import AnomalibDataModule
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule, Batch
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from PIL import Image
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,49 @@ def prepare_fit(trainer: Trainer) -> None:
     if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
         # With `val_split_mode=none`, Anomalib's own method fails instead of saying that there is nothing.
         setattr(datamodule, "val_dataloader", lambda: [])  # noqa: B010, PIE807  # Lightning wants a function
+
+
+class InspectionModule(LightningModule):
+    """What most models do alike in a trainer. To be named before ``AnomalibModule`` as base.
+
+    Attributes:
+        model: Gives an ``InferenceBatch`` for images in evaluation mode.
+    """
+
+    model: nn.Module
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learns from normal images."""
+        return LearningType.ONE_CLASS
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's callbacks, and one that names unreadable images."""
+        return [*cast("list[Callback]", super().configure_callbacks()), UnreadableImages()]
+
+    def setup(self, stage: str) -> None:
+        """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
+        if stage == TrainerFn.FITTING:
+            prepare_fit(self.trainer)
+
+    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+        """Score a batch."""
+        del args, kwargs
+        return self._judge(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
+        """Score a batch."""
+        del batch_idx, args, kwargs
+        return self._judge(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Score a batch."""
+        del batch_idx, dataloader_idx
+        return self._judge(batch)
+
+    def _judge(self, batch: Batch) -> Batch:
+        check_files(getattr(batch, "image_path", None))
+        return batch.update(**self.model(batch.image)._asdict())
 
 
 class UnreadableImages(Callback):

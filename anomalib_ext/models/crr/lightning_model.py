@@ -2,7 +2,7 @@
 """Crr in a trainer: two stages in one fit. See the README beside this file for what is the paper's and what is ours."""
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,6 @@ from anomalib.models.image.glass.loss import FocalLoss
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -27,6 +26,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize, Tr
 from torchvision.tv_tensors import Image, Mask
 from tqdm.auto import tqdm
 
+from anomalib_ext.data.anomaly_synthesis import AnomalySynthesis
 from anomalib_ext.export import Bundle
 from anomalib_ext.models.components.backbone import backbone_normalization, describe_vit
 from anomalib_ext.models.components.distillation import DistillationModule
@@ -62,7 +62,7 @@ class Crr(DistillationModule, AnomalibModule):
         bottleneck_dropout: Dropout of the bottleneck.
         head_width: Width of the head: 192 is the paper's, 64 light.
         alpha: Weight of the cosine map in the fused map; that of the head's map is ``1 - alpha``.
-        texture_dir: Folder with images of textures, as for :class:`anomalib_ext.data.anomaly_synthesis.AnomalySynthesis`.
+        texture_dir: Folder with images of textures, as for :class:`anomalib_ext.data.AnomalySynthesis`.
         texture_only: Whether, or for which categories, textures are the only source of anomalies, as there.
         foreground_dir: Folder with maps of what is object, as there.
         pre_processor: Pre-processor, or whether to use the default one.
@@ -172,7 +172,9 @@ class Crr(DistillationModule, AnomalibModule):
     @property
     def current_stage(self) -> str | None:
         """Name of the stage that is to be learned next, if any is left."""
-        left = (name for name, done, length in zip(STAGES, self.model.steps, self.lengths, strict=True) if done < length)
+        left = (
+            name for name, done, length in zip(STAGES, self.model.steps, self.lengths, strict=True) if done < length
+        )
         return next(left, None)
 
     @property
@@ -214,7 +216,9 @@ class Crr(DistillationModule, AnomalibModule):
             )
             raise ValueError(msg)
         if not self._begins and self.current_stage is None:
-            logger.warning("The checkpoint has learned all of stage=%r; there is nothing left to learn.", self.hparams.stage)
+            logger.warning(
+                "The checkpoint has learned all of stage=%r; nothing is left to learn.", self.hparams["stage"]
+            )
             self.trainer.should_stop = True
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -233,9 +237,6 @@ class Crr(DistillationModule, AnomalibModule):
             self._begins = False
         stage = self.current_stage
         assert stage is not None  # or the trainer would have stopped
-        optimizers = cast("LightningOptimizer | list[LightningOptimizer]", self.optimizers())
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        optimizer = optimizers[STAGES.index(stage)]
         clean, anomalous = images.chunk(2) if self.loads_anomalies else (images, None)
         if stage == "repair":
             loss = self.repair_loss(clean, anomalous if self.repair else None)
@@ -246,19 +247,26 @@ class Crr(DistillationModule, AnomalibModule):
         if not torch.isfinite(loss):
             msg = f"The loss is {float(loss)}. Train with precision 32-true or bf16-mixed."
             raise ValueError(msg)
+        self._learn_from(loss, STAGES.index(stage))
+        self.log(f"{stage}_loss", loss.detach(), on_epoch=True, batch_size=len(clean), sync_dist=True)
+
+    def _learn_from(self, loss: torch.Tensor, index: int) -> None:
+        """Take a step of a stage."""
+        optimizers = self.optimizers()
+        optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
         optimizer.zero_grad()
         self.manual_backward(loss)
-        if stage == "repair":
+        if index == 0:
             self.clip_gradients(optimizer, TRAINING_CONFIG["trainer"]["gradient_clip_val"], "norm")
-            optimizer.step()
-            cast("WarmCosineScheduler", self.lr_schedulers()).step()
+        optimizer.step()
+        if index == 0:
+            cast("_Schedule", self.lr_schedulers()).step()
         else:
-            optimizer.step()
-            # What the first stage leaves behind is as large as four decoders.
-            optimizers[0].zero_grad()
-            optimizers[0].optimizer.state.clear()
-        self.model.steps[STAGES.index(stage)] += 1
-        self.log(f"{stage}_loss", loss.detach(), on_epoch=True, batch_size=len(clean), sync_dist=True)
+            # What the first stage leaves behind is four times as large as the decoder.
+            first = self.trainer.optimizers[0]
+            first.zero_grad()
+            first.state.clear()
+        self.model.steps[index] += 1
 
     def repair_loss(self, clean: torch.Tensor, anomalous: torch.Tensor | None = None) -> torch.Tensor:
         """Loss of the first stage: both kinds of images are to be decoded to what the encoder makes of the clean ones.
@@ -273,7 +281,9 @@ class Crr(DistillationModule, AnomalibModule):
         target = [level[: len(clean)] for level in encoded]
         # One call for each term: the loss turns down the gradient of the places that are easy among those of a call.
         terms = zip(*(level.split(len(clean)) for level in decoded), strict=True)
-        return sum((self.distance(target, list(term), self.model.steps[0]) for term in terms), start=target[0].new_zeros(()))
+        return sum(
+            (self.distance(target, list(term), self.model.steps[0]) for term in terms), start=target[0].new_zeros(())
+        )
 
     def segment_loss(self, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Loss of the second stage: focal loss of the head, with all else as when judging.
@@ -325,8 +335,8 @@ class Crr(DistillationModule, AnomalibModule):
     def _check_deterministic(self) -> None:
         if self.model.mask.ratio and self.model.mask.inference == "sample":
             msg = (
-                "An exported model judges an image the same way each time, but inference_mask='sample' masks at random. "
-                "Load the model with Crr.load_from_checkpoint(path, inference_mask='expected') and export that."
+                "An exported model always judges an image alike, but inference_mask='sample' masks at random. "
+                "Export what Crr.load_from_checkpoint(path, inference_mask='expected') gives."
             )
             raise ValueError(msg)
 
@@ -351,12 +361,16 @@ class WithAnomalies:
     Args:
         collate: Makes a batch of items.
         resize: Resizes an image, if wanted.
-        synthesis: Gives an image with an anomaly and its mask, shapes ``(3, H, W)`` and ``(1, H, W)``, from an image of
-            values in [0, 1] and its path. It has a new seed for each batch, from the random numbers of the process,
-            whose state comes with checkpoints: so a training that is resumed sees what it would have seen.
+        synthesis: Makes the anomalies. It has a new seed for each batch, from the random numbers of the process, whose
+            state comes with checkpoints: so a training that is resumed sees what it would have seen.
     """
 
-    def __init__(self, collate: Callable[[list[ImageItem]], ImageBatch], resize: Transform | None, synthesis: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        collate: Callable[[list[ImageItem]], ImageBatch],
+        resize: Transform | None,
+        synthesis: AnomalySynthesis,
+    ) -> None:
         self.collate = collate
         self.resize = resize or nn.Identity()
         self.synthesis = synthesis
@@ -394,8 +408,6 @@ class _Stages(Callback):
         if datamodule is None:
             msg = "Crr makes its anomalies while images are loaded: fit it with a datamodule, not with dataloaders."
             raise ValueError(msg)
-        from anomalib_ext.data.anomaly_synthesis import AnomalySynthesis
-
         synthesis = AnomalySynthesis(**self.synthesis)
         transform = getattr(pl_module.pre_processor, "transform", None)
         transforms = transform.transforms if isinstance(transform, Compose) else [transform]

@@ -6,6 +6,7 @@ After Wang et al., "CRR", arXiv 2512.11401, and its parent Dinomaly (Guo et al.,
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ class CrrModel(nn.Module):
                 dim,
                 num_heads=extractor.feature_extractor.blocks[0].attn.num_heads,
                 qkv_bias=True,
-                norm_layer=partial(nn.LayerNorm, eps=1e-8),
+                norm_layer=partial(nn.LayerNorm, eps=1e-8),  # type: ignore[arg-type]
                 attn=LinearAttention,
             )
             for _ in layers
@@ -250,7 +251,7 @@ class SegmentationHead(nn.Module):
         self.reduce = nn.Identity() if same else nn.Conv2d(channels, widths[0], 1, bias=False)
         self.blocks = nn.ModuleList(
             nn.Sequential(*_convolution(before, before), *_convolution(before, before), *_convolution(before, after))
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
         )
         self.classify = nn.Conv2d(widths[-1], 2, 3, padding=1)
         for module in self.modules():

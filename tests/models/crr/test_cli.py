@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 CONFIG = Path(__file__).parents[3] / "configs" / "model" / "crr.yaml"
@@ -45,4 +46,4 @@ def test_both_stages_and_a_test(products: Path, tmp_path: Path) -> None:
     (path,) = tmp_path.glob("results/Crr/**/model.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["state_dict"]["model._extra_state"].tolist() == [3, 2]
-    assert checkpoint["hyper_parameters"]["mask_ratio"] == 0.4
+    assert checkpoint["hyper_parameters"]["mask_ratio"] == pytest.approx(0.4)
