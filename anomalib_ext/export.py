@@ -80,8 +80,8 @@ class WholeGraph(nn.Module):
         for name in {"anomaly_map", "pred_mask"} & outputs.keys():
             height, width = (a - b for a, b in zip(images.shape[-2:], outputs[name].shape[-2:], strict=True))
             if height or width:
-                sides = (width // 2, width - width // 2, height // 2, height - height // 2)
-                outputs[name] = nn.functional.pad(outputs[name], sides)
+                left, top = round(width / 2), round(height / 2)  # as torchvision crops
+                outputs[name] = nn.functional.pad(outputs[name], (left, width - left, top, height - top))
         return outputs
 
 
