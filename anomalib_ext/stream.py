@@ -5,7 +5,6 @@ import csv
 import os
 from pathlib import Path
 
-from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from anomalib.visualization import ImageVisualizer
@@ -13,12 +12,14 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 from rich.table import Table
 
+from anomalib_ext.data import MultiCategory
+
 METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score")
 
 
 def learn_stream(
     model: AnomalibModule,
-    variants: list[AnomalibDataModule],
+    data: MultiCategory,
     results_dir: Path | str = "results/stream",
     seed: int = 0,
 ) -> list[dict[str, str | int | float]]:
@@ -30,20 +31,14 @@ def learn_stream(
     Args:
         model: Model whose ``fit`` adds to what it knows, such as ``ContinualPatchCore``. Its visualizer is replaced
             by one for the pictures of the last step.
-        variants: A datamodule for each variant, in the order in which they arrive.
+        data: The variants, each a category, in the order in which they arrive.
         results_dir: Folder for the results.
         seed: Seed of all random numbers.
 
     Returns:
         A row for each step and variant known by then.
-
-    Raises:
-        ValueError: If there is no variant, or two have the same name.
     """
-    names = [datamodule.category or datamodule.name for datamodule in variants]
-    if not names or len(set(names)) < len(names):
-        msg = f"A stream needs variants of different names, got {names}."
-        raise ValueError(msg)
+    names = list(data.datamodules)
     results_dir = Path(results_dir)
     results_dir.mkdir(parents=True, exist_ok=True)
     seed_everything(seed, verbose=False)
@@ -52,13 +47,13 @@ def learn_stream(
     rows: list[dict[str, str | int | float]] = []
     for step, name in enumerate(names, start=1):
         engine = Engine(default_root_dir=results_dir, enable_model_summary=False, enable_progress_bar=False)
-        engine.fit(model, datamodule=variants[step - 1])
+        engine.fit(model, datamodule=data.datamodules[name])
         console.print(f"[bold]{step}/{len(names)} {name}[/bold]: {getattr(model, 'last_report', 'learned')}")
-        for known, datamodule in zip(names[:step], variants[:step], strict=True):
+        for known in names[:step]:
             if step == len(names):  # pictures of the last step are enough
                 model.visualizer = ImageVisualizer(output_dir=results_dir / "images" / known)
             tester = Engine(default_root_dir=results_dir, enable_model_summary=False, enable_progress_bar=False)
-            values = tester.test(model, datamodule=datamodule, verbose=False)[0]
+            values = tester.test(model, datamodule=data.datamodules[known], verbose=False)[0]
             rows.append({
                 "step": step,
                 "learned": name,

@@ -6,17 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from anomalib.models import ContinualPatchCore
-
-from anomalib_ext.data import PhotoVariants
-from anomalib_ext.stream import learn_stream
 
 CONFIG = """
 model: {class_path: ContinualPatchCore, init_args: {memory_size: 300}}
-variants:
-  - {class_path: anomalib_ext.data.PhotoVariants, init_args: {category: cell, val_split_mode: from_test, seed: 0}}
-  - {class_path: anomalib_ext.data.PhotoVariants, init_args: {category: retina, val_split_mode: from_test, seed: 0}}
+data:
+  datamodules:
+    - {class_path: anomalib_ext.data.PhotoVariants, init_args: {category: cell, val_split_mode: from_test, seed: 0}}
+    - {class_path: anomalib_ext.data.PhotoVariants, init_args: {category: retina, val_split_mode: from_test, seed: 0}}
 results_dir: results
 """
 
@@ -36,13 +33,6 @@ def test_stream_learns_evaluates_and_draws(tmp_path: Path) -> None:
         assert len(list((tmp_path / "results" / "images" / variant).rglob("*.png"))) == 12  # half is for validation
     checkpoints = list((tmp_path / "results").rglob("retina/v0/weights/lightning/model.ckpt"))
     assert list(ContinualPatchCore.load_from_checkpoint(checkpoints[0]).model.bank.variants) == ["cell", "retina"]
-
-
-def test_variants_of_one_name_are_refused(tmp_path: Path) -> None:
-    """Two variants of one name would be learned as one."""
-    model = ContinualPatchCore(pre_trained=False)
-    with pytest.raises(ValueError, match="different names"):
-        learn_stream(model, [PhotoVariants(tmp_path), PhotoVariants(tmp_path)], tmp_path)
 
 
 def test_without_anomalib_the_error_names_the_extra() -> None:
