@@ -172,7 +172,7 @@ def test_batches_with_anomalies() -> None:
 
 def test_two_stages_in_one_fit(make_data: Make, make_engine: Make) -> None:
     """The head waits in the first; in the second, it alone moves. Then the fit ends, and can be repeated."""
-    model, data, watch = make_crr(), make_data(train_batch_size=8, num_workers=1), Watch()
+    model, data, watch = make_crr(), make_data(train_batch_size=8), Watch()
     before = digest(model.model.head)
     engine = make_engine(callbacks=[watch], check_val_every_n_epoch=2, log_every_n_steps=1)
     engine.fit(model, datamodule=data)
