@@ -281,23 +281,27 @@ class CategoryMetrics(Callback):
         labels = trainer.strategy.reduce(self._labels, reduce_op="sum")
         values: dict[str, dict[str, torch.Tensor]] = {}  # by metric and category
         for (name, metrics), counts in zip(self._metrics.items(), labels, strict=True):
-            defined = bool((counts > 0).all())
-            if not defined and name not in self._warned:
-                self._warned.add(name)
-                normal, anomalous = counts.int().tolist()
-                logger.warning(
-                    "%s has %d normal and %d anomalous images to evaluate. Without both its metrics are NaN and left "
-                    "out of the mean.",
-                    *(name, normal, anomalous),
-                )
+            if not (counts > 0).all():
+                self._warn(name, *counts.int().tolist())
+                continue
             for metric in metrics:
-                value = metric.compute() if defined else torch.tensor(torch.nan)
+                value = metric.compute()
                 if value is not None:  # as for pixels without masks
-                    values.setdefault(metric.name, {})[name] = value
+                    values.setdefault(metric.name, {})[name] = value.float()
         for metric_name, by_category in values.items():
-            by_category[MEAN] = torch.stack([value.float().cpu() for value in by_category.values()]).nanmean()
-            for name, value in by_category.items():
+            mean = torch.stack(list(by_category.values())).mean()
+            for name in (*self._metrics, MEAN):
+                value = mean if name == MEAN else by_category.get(name, torch.tensor(torch.nan))
                 pl_module.log(f"{name}/{metric_name}", value.to(pl_module.device), sync_dist=True)
+
+    def _warn(self, name: str, normal: int, anomalous: int) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            logger.warning(
+                "%s has %d normal and %d anomalous images to evaluate. Without both its metrics are NaN and left out "
+                "of the mean.",
+                *(name, normal, anomalous),
+            )
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print a table, unless the test is to be quiet."""

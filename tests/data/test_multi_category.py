@@ -246,6 +246,7 @@ def test_configuration(products: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_command_line_of_anomalib(products: Path, tmp_path: Path) -> None:
     """A stock model, in a process of its own, with a table, and a picture of each image of each category."""
     arguments = ["train", "--model", "Padim", "--model.backbone", "resnet18", "--model.pre_trained", "false"]
+    arguments += ["--model.layers", "[layer3]", "--model.n_features", "10"]  # quick
     arguments += ["--data", "anomalib_ext.data.MultiCategory", "--data.root", str(products), "--data.num_workers", "0"]
     arguments += ["--data.categories", "[stripes, dots]", "--trainer.accelerator", "cpu"]
     command = [str(Path(sys.executable).with_name("anomalib")), *arguments]
