@@ -65,7 +65,10 @@ class Bundle:
 
 
 class WholeGraph(nn.Module):
-    """A model with its pre- and post-processor, from images of shape `(B, 3, H, W)` in [0, 1] to outputs by name."""
+    """A model with its pre- and post-processor, from images of shape `(B, 3, H, W)` in [0, 1] to outputs by name.
+
+    Maps are as large as the images: what a pre-processor crops from these is normal in them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -73,7 +76,13 @@ class WholeGraph(nn.Module):
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Judge images."""
-        return {name: value for name, value in self.model(images)._asdict().items() if value is not None}
+        outputs = {name: value for name, value in self.model(images)._asdict().items() if value is not None}
+        for name in {"anomaly_map", "pred_mask"} & outputs.keys():
+            height, width = (a - b for a, b in zip(images.shape[-2:], outputs[name].shape[-2:], strict=True))
+            if height or width:
+                left, top = round(width / 2), round(height / 2)  # as torchvision crops
+                outputs[name] = nn.functional.pad(outputs[name], (left, width - left, top, height - top))
+        return outputs
 
 
 class BundleExport(nn.Module):

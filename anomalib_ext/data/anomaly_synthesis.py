@@ -124,6 +124,10 @@ class AnomalySynthesis(v2.Transform):
         blended = beta * image + (1 - beta) / 255 * anomaly.to(image.dtype)
         return torch.where(mask, blended, image), mask.float()
 
+    def reseed(self, seed: int) -> None:
+        """Go on as another seed does, for whoever knows where a training that goes on has been."""
+        self._rng = np.random.default_rng(seed)
+
     def _seed_in_worker(self) -> None:
         """Start anew in each worker, whose copy begins with the state of the main process."""
         worker = get_worker_info()

@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .continual_patchcore import ContinualPatchCore
+    from .crr import Crr
     from .het_net import HetNet
     from .rd_akf import RdAkf
     from .sa_cfa_patchcore import SaCfaPatchCore
 
 _FOLDERS = {
     "ContinualPatchCore": "continual_patchcore",
+    "Crr": "crr",
     "HetNet": "het_net",
     "RdAkf": "rd_akf",
     "SaCfaPatchCore": "sa_cfa_patchcore",
 }
 
-__all__ = ["ContinualPatchCore", "HetNet", "RdAkf", "SaCfaPatchCore"]
+__all__ = ["ContinualPatchCore", "Crr", "HetNet", "RdAkf", "SaCfaPatchCore"]
 
 
 def __getattr__(name: str) -> object:

@@ -43,6 +43,7 @@ def load_backbone(
     layers: Sequence[str],
     pre_trained: bool = True,
     weights: str | Path | None = None,
+    tokens: bool = False,
 ) -> TimmFeatureExtractor:
     """Build a frozen feature extractor that ends at the last of ``layers``.
 
@@ -53,6 +54,8 @@ def load_backbone(
         pre_trained: Whether to load pretrained weights; otherwise they are random.
         weights: A ``.safetensors``, ``.pth`` or ``.pt`` file with the backbone's tensors by their timm names, used
             instead of the places that are searched by default.
+        tokens: Whether a vision transformer gives its tokens as they leave the blocks, ``(B, N, C)``, class token and
+            registers first, in place of maps of the normalised patch tokens.
 
     Returns:
         The extractor, none of whose parameters requires a gradient.
@@ -69,7 +72,14 @@ def load_backbone(
     config = _pretrained_config(backbone)
     indices = _layer_indices(backbone, layers)
 
-    extractor = TimmFeatureExtractor(backbone, list(indices.values()), pre_trained=False)
+    extractor = TimmFeatureExtractor(
+        backbone,
+        list(indices.values()),
+        pre_trained=False,
+        output_fmt="NLC" if tokens else "NCHW",
+        norm=not tokens,
+    )
+    extractor.return_class_token = tokens and extractor.num_prefix_tokens > 0
     # Anomalib takes unknown names for a warning and pairs names with maps in the order given, hence the indices.
     extractor.layers = list(indices)
     if pre_trained:
@@ -124,6 +134,22 @@ def backbone_pre_processor(backbone: str, image_size: tuple[int, int] | None = N
         image_size = (config.input_size[1], config.input_size[2]) if fixed else (256, 256)
     mean, std = backbone_normalization(backbone)
     return PreProcessor(Compose([Resize(image_size, antialias=True), Normalize(mean=list(mean), std=list(std))]))
+
+
+def describe_vit(backbone: str) -> tuple[int, int]:
+    """Return the number of blocks of a plain vision transformer, and the side of its patches in pixels.
+
+    Raises:
+        ValueError: If the backbone is unknown, or none.
+    """
+    _pretrained_config(backbone)  # says so, if it is unknown
+    with torch.device("meta"):  # only the structure is wanted
+        model = timm.create_model(backbone)
+    blocks = getattr(model, "blocks", None)
+    if blocks is None or not _is_vit(backbone):
+        msg = f"{backbone!r} is no plain vision transformer with 'vit' in its name, such as vit_base_patch16_224."
+        raise ValueError(msg)
+    return len(blocks), model.patch_embed.patch_size[0]
 
 
 def describe_origin(backbone: str) -> dict[str, str]:

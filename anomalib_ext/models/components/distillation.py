@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib import LearningType
 from anomalib.data import Batch, InferenceBatch
 from anomalib.models.components.backbone import get_decoder
 from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode, AnomalyMapGenerator
 from anomalib.models.image.reverse_distillation.components import get_bottleneck_layer
-from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from anomalib_ext.export import Bundle, BundleExport, WholeGraph
 
+from . import training
 from .backbone import load_backbone
-from .training import UnreadableImages, check_files, prepare_fit
+from .training import InspectionModule, check_files
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +43,7 @@ class Teacher(nn.Module):
         layers: Layers to extract.
         pre_trained: Whether to use pretrained weights.
         weights: File with the weights, as for :func:`anomalib_ext.models.components.backbone.load_backbone`.
+        tokens: Whether a vision transformer gives its tokens, as there.
 
     Attributes:
         channels: Number of channels of each layer.
@@ -56,9 +55,10 @@ class Teacher(nn.Module):
         layers: Sequence[str] = LEVELS,
         pre_trained: bool = True,
         weights: str | Path | None = None,
+        tokens: bool = False,
     ) -> None:
         super().__init__()
-        self.extractor = load_backbone(backbone, layers, pre_trained, weights)
+        self.extractor = load_backbone(backbone, layers, pre_trained, weights, tokens)
         self.channels: list[int] = list(self.extractor.out_dims)
         self.eval()
 
@@ -69,7 +69,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Extract one map of shape ``(B, C, h, w)`` for each layer from images of shape ``(B, 3, H, W)``."""
+        """Extract one map ``(B, C, h, w)``, or tokens, for each layer from images of shape ``(B, 3, H, W)``."""
         return list(self.extractor(images).values())
 
 
@@ -163,16 +163,10 @@ def check_images(images: torch.Tensor) -> None:
         images: Normalised images, shape ``(B, 3, H, W)``.
 
     Raises:
-        ValueError: If the shape is another one, a side is no multiple of 32 or below 64, or a value is not finite.
+        ValueError: If the shape is another one, a value is not finite, or a side is no multiple of 32 or below 64.
     """
-    if images.ndim != 4 or images.shape[1] != 3:
-        msg = f"Images must have the shape (B, 3, H, W), got {tuple(images.shape)}."
-        raise ValueError(msg)
+    training.check_images(images)
     check_size(images.shape[-2], images.shape[-1])
-    if not torch.compiler.is_compiling() and not torch.isfinite(images).all():
-        bad = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
-        msg = f"Images {bad} of the batch hold NaN or infinite values. Nothing of the batch was used."
-        raise ValueError(msg)
 
 
 def check_size(height: int, width: int) -> None:
@@ -217,14 +211,11 @@ def judge(
         # The blur is linear, so that the mean of maps is the map of all levels.
         anomaly_map = generator(given, [level.float() for level in teacher] * len(students)) / len(students)
         pred_score = anomaly_map.amax(dim=(1, 2, 3))
-    if not torch.compiler.is_compiling() and not torch.isfinite(pred_score).all():
-        bad = (~torch.isfinite(pred_score)).nonzero().flatten().tolist()
-        msg = f"Images {bad} of the batch give scores that are not finite; look for NaN in the weights of the model."
-        raise ValueError(msg)
+    training.check_scores(pred_score)
     return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
 
 
-class DistillationModule(BundleExport, LightningModule):
+class DistillationModule(BundleExport, InspectionModule):
     """Life in a trainer of a model with :class:`Teacher` modules. To be named before ``AnomalibModule`` as base.
 
     Attributes:
@@ -234,7 +225,6 @@ class DistillationModule(BundleExport, LightningModule):
         sized: Ends of the names of tensors of the size of maps, which comes with a checkpoint, as its pre-processor.
     """
 
-    model: nn.Module
     backbone: str
     save_teachers: bool
     sized: tuple[str, ...] = ()
@@ -244,20 +234,6 @@ class DistillationModule(BundleExport, LightningModule):
     def trainer_arguments(self) -> dict[str, Any]:
         """Nothing is judged before the first step."""
         return {"num_sanity_val_steps": 0}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """Learns from normal images."""
-        return LearningType.ONE_CLASS
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's callbacks, and one that names unreadable images."""
-        return [*cast("list[Callback]", super().configure_callbacks()), UnreadableImages()]
-
-    def setup(self, stage: str) -> None:
-        """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
-        if stage == TrainerFn.FITTING:
-            prepare_fit(self.trainer)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what is learned: all but the teachers."""
@@ -291,25 +267,6 @@ class DistillationModule(BundleExport, LightningModule):
             raise ValueError(msg)
         self.log("train_loss", value.detach(), on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True)
         return value
-
-    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
-        """Score a batch."""
-        del args, kwargs
-        return self._judge(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
-        """Score a batch."""
-        del batch_idx, args, kwargs
-        return self._judge(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Score a batch."""
-        del batch_idx, dataloader_idx
-        return self._judge(batch)
-
-    def _judge(self, batch: Batch) -> Batch:
-        check_files(getattr(batch, "image_path", None))
-        return batch.update(**self.model(batch.image)._asdict())
 
     # Checkpoints
 
@@ -360,7 +317,7 @@ class DistillationModule(BundleExport, LightningModule):
         own, given = shapes(self.state_dict()), shapes(state)
         missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
         reshaped = [key for key in sorted(own.keys() & given.keys()) if own[key] != given[key]]
-        other_backbone = made_with.get("backbone", self.backbone) != self.backbone
+        other_backbone = made_with.get("encoder", made_with.get("backbone", self.backbone)) != self.backbone
         if not (missing or unknown or reshaped or other_backbone):
             return
         parts = [

@@ -6,13 +6,17 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
-from anomalib.data import AnomalibDataModule
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule, Batch
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from PIL import Image
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,49 @@ def prepare_fit(trainer: Trainer) -> None:
     if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
         # With `val_split_mode=none`, Anomalib's own method fails instead of saying that there is nothing.
         setattr(datamodule, "val_dataloader", lambda: [])  # noqa: B010, PIE807  # Lightning wants a function
+
+
+class InspectionModule(LightningModule):
+    """What most models do alike in a trainer. To be named before ``AnomalibModule`` as base.
+
+    Attributes:
+        model: Gives an ``InferenceBatch`` for images in evaluation mode.
+    """
+
+    model: nn.Module
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learns from normal images."""
+        return LearningType.ONE_CLASS
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's callbacks, and one that names unreadable images."""
+        return [*cast("list[Callback]", super().configure_callbacks()), UnreadableImages()]
+
+    def setup(self, stage: str) -> None:
+        """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
+        if stage == TrainerFn.FITTING:
+            prepare_fit(self.trainer)
+
+    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+        """Score a batch."""
+        del args, kwargs
+        return self._judge(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
+        """Score a batch."""
+        del batch_idx, args, kwargs
+        return self._judge(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Score a batch."""
+        del batch_idx, dataloader_idx
+        return self._judge(batch)
+
+    def _judge(self, batch: Batch) -> Batch:
+        check_files(getattr(batch, "image_path", None))
+        return batch.update(**self.model(batch.image)._asdict())
 
 
 class UnreadableImages(Callback):
@@ -99,6 +146,33 @@ def check_files(paths: Sequence[str] | None) -> None:
                 "convert the image to 8 bits first, in the same way for learning and for judging."
             )
             raise ValueError(msg)
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Refuse normalised images that cannot be learned or judged.
+
+    Raises:
+        ValueError: If the shape is not ``(B, 3, H, W)``, or a value is not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        msg = f"Images must have the shape (B, 3, H, W), got {tuple(images.shape)}."
+        raise ValueError(msg)
+    if not torch.compiler.is_compiling() and not torch.isfinite(images).all():
+        bad = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        msg = f"Images {bad} of the batch hold NaN or infinite values. Nothing of the batch was used."
+        raise ValueError(msg)
+
+
+def check_scores(scores: torch.Tensor) -> None:
+    """Refuse image scores of shape ``(B,)`` that are not finite.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if not torch.compiler.is_compiling() and not torch.isfinite(scores).all():
+        bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+        msg = f"Images {bad} of the batch give scores that are not finite; look for NaN in the weights of the model."
+        raise ValueError(msg)
 
 
 def _image_files(trainer: Trainer) -> list[str]:

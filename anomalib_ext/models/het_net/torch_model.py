@@ -4,13 +4,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_ext.models.components.backbone import backbone_normalization
+from anomalib_ext.models.components.backbone import backbone_normalization, describe_vit
 from anomalib_ext.models.components.distillation import (
     MultiScaleFusion,
     Student,
@@ -70,7 +69,7 @@ class HetNetModel(nn.Module):
             msg = f"score_from must be one of {', '.join(STUDENTS)}, got {score_from!r}."
             raise ValueError(msg)
         architecture(backbone)  # before anything is loaded
-        last = _last_block(transformer)
+        last = f"blocks.{describe_vit(transformer)[0] - 1}"
         self.score_from = score_from
         self.noise = LocalGaussianNoise(noise)
         self.teacher = Teacher(backbone, pre_trained=pre_trained, weights=weights)
@@ -127,21 +126,6 @@ class HetNetModel(nn.Module):
                 f"{self.patch_size} x {self.patch_size}. Resize to multiples of both 32 and {self.patch_size}."
             )
             raise ValueError(msg)
-
-
-def _last_block(transformer: str) -> str:
-    """Return the name of the last block of a plain vision transformer.
-
-    Raises:
-        ValueError: If it is unknown, or none.
-    """
-    backbone_normalization(transformer)  # says so, if it is unknown
-    with torch.device("meta"):  # only the structure is wanted
-        blocks = getattr(timm.create_model(transformer), "blocks", None)
-    if blocks is None or "vit" not in transformer.lower():  # by the name, Anomalib takes the size from the images
-        msg = f"transformer={transformer!r} is no plain vision transformer, such as vit_base_patch16_224."
-        raise ValueError(msg)
-    return f"blocks.{len(blocks) - 1}"
 
 
 class HybridFusion(nn.Module):

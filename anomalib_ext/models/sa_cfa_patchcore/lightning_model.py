@@ -4,31 +4,28 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from anomalib import LearningType
-from anomalib.data import Batch, ImageBatch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from anomalib_ext.export import Bundle, BundleExport, WholeGraph
 from anomalib_ext.models.components.backbone import backbone_pre_processor
-from anomalib_ext.models.components.training import UnreadableImages, check_files, prepare_fit
+from anomalib_ext.models.components.training import InspectionModule, check_files
 
 from .torch_model import SaCfaPatchCoreModel
 
 logger = logging.getLogger(__name__)
 
 
-class SaCfaPatchCore(BundleExport, AnomalibModule):
+class SaCfaPatchCore(BundleExport, InspectionModule, AnomalibModule):
     """PatchCore with self-attention over deep features (SA) and channel aggregation (CFA).
 
     After Li Bing et al., DOI 10.19651/j.cnki.emt.2518329. With ``attention_ratio=0`` and ``reduction_ratio=1`` it is
@@ -130,11 +127,6 @@ class SaCfaPatchCore(BundleExport, AnomalibModule):
         """One pass over the images on one device."""
         return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
 
-    @property
-    def learning_type(self) -> LearningType:
-        """Learns from normal images."""
-        return LearningType.ONE_CLASS
-
     def bundle(self, size: tuple[int, int]) -> Bundle:
         """What the model brings to its bundle; nothing in it depends on the size of the images."""
         del size
@@ -148,15 +140,6 @@ class SaCfaPatchCore(BundleExport, AnomalibModule):
         return Bundle(graph=WholeGraph(self), metadata=metadata)
 
     # Learning
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's callbacks, and one that names unreadable images."""
-        return [*cast("list[Callback]", super().configure_callbacks()), UnreadableImages()]
-
-    def setup(self, stage: str) -> None:
-        """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
-        if stage == TrainerFn.FITTING:
-            prepare_fit(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Begin with nothing; the old memory bank stays until there is a new one."""
@@ -186,27 +169,6 @@ class SaCfaPatchCore(BundleExport, AnomalibModule):
         if not self.model.is_selected:
             self.model.subsample_embedding(self.coreset_sampling_ratio)
             logger.info("The memory bank has %d vectors of %d numbers.", *self.model.memory_bank.shape)
-
-    # Judging
-
-    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
-        """Score a batch."""
-        del args, kwargs
-        return self._judge(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
-        """Score a batch."""
-        del args, kwargs, batch_idx
-        return self._judge(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Score a batch."""
-        del batch_idx, dataloader_idx
-        return self._judge(batch)
-
-    def _judge(self, batch: Batch) -> Batch:
-        check_files(getattr(batch, "image_path", None))
-        return batch.update(**self.model(batch.image)._asdict())
 
     # Checkpoints
 

@@ -141,7 +141,7 @@ def test_bad_options() -> None:
     with pytest.raises(ValueError, match="score_from must be one of sr, sd, both, got 'all'"):
         make(score_from="all")
     for name in ("resnet18", "levit_128"):
-        with pytest.raises(ValueError, match=f"transformer='{name}' is no plain vision transformer"):
+        with pytest.raises(ValueError, match=f"'{name}' is no plain vision transformer"):
             make(transformer=name)
     with pytest.raises(ValueError, match="Unknown backbone 'vit_of_mine'"):
         make(transformer="vit_of_mine")
