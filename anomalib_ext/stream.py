@@ -2,7 +2,7 @@
 """Learn a stream of product variants, one after another, and evaluate all known ones after each."""
 
 import csv
-import os
+import io
 from pathlib import Path
 
 from anomalib.engine import Engine
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anomalib_ext.data import MultiCategory
+from anomalib_ext.models.components.training import replacing
 
 METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score")
 
@@ -68,15 +69,13 @@ def learn_stream(
 
 
 def _write(rows: list[dict[str, str | int | float]], path: Path) -> None:
-    """Write beside, then rename: an interrupted stream leaves the table of the step before."""
-    beside = path.with_suffix(".tmp")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+    """Write all at once: an interrupted stream leaves the table of the step before."""
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.DictWriter(text, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+        text.detach()
 
 
 def _table(rows: list[dict[str, str | int | float]], names: list[str], metric: str) -> Table:

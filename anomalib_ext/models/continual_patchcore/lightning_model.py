@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from anomalib import LearningType
 from anomalib.data import Batch, ImageBatch, InferenceBatch
 from anomalib.data.utils import read_image
 from anomalib.metrics import Evaluator
@@ -27,9 +26,10 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from numpy.typing import NDArray
 from torch import nn
 
+from anomalib_ext.data import MultiCategory
 from anomalib_ext.export import Bundle, BundleExport
 from anomalib_ext.models.components.backbone import backbone_pre_processor
-from anomalib_ext.models.components.training import SMALLEST_SIDE, UnreadableImages, check_files, prepare_fit
+from anomalib_ext.models.components.training import SMALLEST_SIDE, InspectionModule, UnreadableImages, check_files
 
 from .graph import bundle_of
 from .memory_bank import MemoryBank, Report
@@ -40,7 +40,7 @@ from .views import FEW_IMAGES, are_few, calibrate_from_views
 logger = logging.getLogger(__name__)
 
 
-class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most are hooks of Lightning and Anomalib
+class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # most are hooks of Lightning and Anomalib
     """PatchCore that learns product after product within a fixed memory budget.
 
     Every ``Engine.fit`` on the same model, every ``--ckpt_path`` given to ``anomalib train`` or ``fit``, and every
@@ -156,11 +156,6 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
         """One pass over the images on one device."""
         return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
 
-    @property
-    def learning_type(self) -> LearningType:
-        """Learns from normal images."""
-        return LearningType.ONE_CLASS
-
     def forward(self, batch: torch.Tensor, *args, **kwargs) -> InferenceBatch:
         """Pre-process, score and post-process images of shape ``(B, 3, H, W)`` in [0, 1]."""
         predictions = super().forward(batch, *args, **kwargs)
@@ -221,13 +216,15 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
         """Anomalib's callbacks, and one for what fails."""
         return [*cast("list[Callback]", super().configure_callbacks()), _AfterException()]
 
-    def setup(self, stage: str) -> None:
-        """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
-        if stage == TrainerFn.FITTING:
-            prepare_fit(self.trainer)
-
     def on_train_epoch_start(self) -> None:
         """Begin to learn."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, MultiCategory) and self.variant is None:
+            logger.warning(
+                "All categories of %s are learned as one variant, with one threshold. To learn each as a variant, one "
+                "after another, use `anomalib-ext stream`, or fit one datamodule after another.",
+                datamodule.name,
+            )
         self._begin()
         self._few = self.one_shot
 
@@ -349,7 +346,9 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
             pixel = (float(last.pixel_threshold), float(last.pixel_min), float(last.pixel_max))
         for name, images in self._calibration.items():
             patches, labels = zip(*images, strict=True)
-            self.model.bank.calibrate(name, np.stack(patches), np.array(labels), pixel)
+            for bank in (self.model.bank, self.model.interrupted):
+                if bank is not None and name in bank.variants:
+                    bank.calibrate(name, np.stack(patches), np.array(labels), pixel)
             self._validated.add(name)
         self._refresh()
 
@@ -362,7 +361,7 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
     def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
         """Score a batch and keep what calibrates the thresholds."""
         del args, kwargs
-        embedding, scores = self._judge(batch)
+        embedding, scores = self._score(batch)
         if batch.gt_label is None:
             return batch
         bank = self.model.bank
@@ -376,19 +375,11 @@ class ContinualPatchCore(BundleExport, AnomalibModule):  # noqa: PLR0904  # most
                 self._calibration.setdefault(name, []).append((kept, bool(label)))
         return batch
 
-    def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
-        """Score a batch."""
-        del args, kwargs, batch_idx
-        self._judge(batch)
+    def _judge(self, batch: Batch) -> Batch:
+        self._score(batch)
         return batch
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Score a batch."""
-        del batch_idx, dataloader_idx
-        self._judge(batch)
-        return batch
-
-    def _judge(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Write what the model says into the batch, and return the patch embeddings and their scores."""
         check_files(getattr(batch, "image_path", None))
         images = cast("torch.Tensor", batch.image)

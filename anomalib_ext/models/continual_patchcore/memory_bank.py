@@ -18,7 +18,7 @@ import numpy as np
 
 from anomalib_ext.models.components.k_center import nearest
 
-from .variant import REMEMBERED_IMAGES, Calibration, Variant, VariantStream, cut, description, rounded
+from .variant import LISTS, REMEMBERED_IMAGES, Calibration, Variant, VariantStream, cut, description, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -35,7 +35,8 @@ MEMBERSHIP = 0.5
 SMALLEST_POOL = 12_288
 # Calibration keeps the patches of an image that score highest, now and once only a share of the vectors is left.
 CALIBRATION_SHARES = (0.5, 0.25, 0.125)
-CALIBRATION_PATCHES = 4 * (1 + len(CALIBRATION_SHARES))
+PATCHES_BY_SHARE = 4
+CALIBRATION_PATCHES = PATCHES_BY_SHARE * (1 + len(CALIBRATION_SHARES))
 CALIBRATION_IMAGES = 32  # of each label
 # Squares of larger values, summed over a patch, would leave the range of float32.
 LARGEST_VALUE = 1e15
@@ -102,7 +103,7 @@ def equal_scaled_radius(variants: Mapping[str, Variant], size: int) -> dict[str,
     return {name: int((radii > threshold).sum()) for name, radii in scaled.items()}
 
 
-class MemoryBank:
+class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judging
     """Patch embeddings of all variants, at most `size` of them.
 
     Learned patches first go to a stream (:meth:`learn`) and reach the bank at :meth:`commit`, or when another variant
@@ -133,6 +134,7 @@ class MemoryBank:
         self._stream: VariantStream | None = None
         self._report = Report()
         self._before: dict[str, int] = {}  # vectors by variant at the last commit
+        self._resumed: dict[int, str] = {}  # variants of the images that came with a stream that was loaded
 
     def __len__(self) -> int:
         """Number of vectors."""
@@ -177,6 +179,10 @@ class MemoryBank:
         return bool((self.image_hashes == image_hash).any()) or bool(
             self._stream and image_hash in self._stream.hashes,
         )
+
+    def resumed(self, image_hash: int) -> str | None:
+        """Variant of an image that a stream brought with it when it was loaded; None when asked again."""
+        return self._resumed.pop(image_hash, None)
 
     def count_known(self, images: int) -> None:
         """Report `images` that were not learned because they are known."""
@@ -243,7 +249,7 @@ class MemoryBank:
             What changed.
         """
         self.flush()
-        report, self._report = self._report, Report()
+        report, self._report, self._resumed = self._report, Report(), {}
         before, self._before = self._before, {name: len(variant.radii) for name, variant in self.variants.items()}
         for name, vectors in self._before.items():
             more = vectors - before.get(name, 0)
@@ -348,14 +354,13 @@ class MemoryBank:
             Shape `(CALIBRATION_PATCHES, d)`.
         """
         vectors = self.variants[variant].vectors
-        each = CALIBRATION_PATCHES // (1 + len(CALIBRATION_SHARES))
-        chosen = [_highest(scores, each)]
+        chosen = [_highest(scores, PATCHES_BY_SHARE)]
         distances, first = np.full(len(patches), np.inf, np.float32), 0
         for share in reversed(CALIBRATION_SHARES):
             last = math.ceil(share * len(vectors))
             if last > first:
                 distances = np.minimum(distances, nearest(patches, vectors[first:last])[0])
-            chosen.append(_highest(distances, each))
+            chosen.append(_highest(distances, PATCHES_BY_SHARE))
             first = last
         return patches[np.concatenate(chosen)]
 
@@ -402,18 +407,19 @@ class MemoryBank:
         """Threshold, minimum and maximum of the raw scores of a variant, for the bank as it is now.
 
         The image values come from the calibration images scored again. The anomaly maps are gone; their values move
-        by the same factor as the calibration scores.
+        by the same factor as the calibration scores. Without calibration, images are judged by the reach of the
+        variant, as after an update that was interrupted.
 
         Args:
             variant: Name of a variant in the bank.
 
         Returns:
-            Under `"image"` and `"pixel"` each threshold, minimum and maximum; NaN without calibration.
+            Under `"image"` and `"pixel"` each threshold, minimum and maximum; NaN where nothing is known.
         """
         calibration = self.variants[variant].calibration
-        unknown = (np.nan, np.nan, np.nan)
         if calibration is None or not len(calibration.labels):
-            return {"image": unknown, "pixel": unknown}
+            reach = self.variants[variant].reach or np.nan
+            return dict.fromkeys(("image", "pixel"), (reach, 0.0 * reach, reach))
         scores = self._scores(calibration.patches)
         factor = float(scores.mean() / max(float(calibration.scores.mean()), 1e-12))
         threshold, lowest, highest = calibration.pixel
@@ -476,7 +482,7 @@ class MemoryBank:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> MemoryBank:
-        """Inverse of :meth:`to_arrays`.
+        """Inverse of :meth:`to_arrays`. What was in the bank by then is not part of the next report.
 
         Raises:
             ValueError: If the state is of another schema, or damaged.
@@ -532,6 +538,7 @@ class MemoryBank:
             own = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
             stream.restore(own, plain["stream"])
             bank._stream = stream
+            bank._resumed = dict.fromkeys(stream.hashes, stream.name)
         return bank
 
     @property
@@ -639,7 +646,9 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
     if stream is not None:
         if np.isnan(arrays["stream_radii"]).any() or (arrays["stream_radii"] < 0).any():
             problems.append("stream_radii holds negative values or NaN")
-        if not (stream["name"] and 0 <= stream["divided_at"] <= len(arrays["stream_points"])):
+        if arrays["stream_points"].dtype != np.float32:
+            problems.append(f"stream_points are of {arrays['stream_points'].dtype} in place of float32")
+        if not stream["name"] or stream["divided_at"] not in {0, *range(LISTS, len(arrays["stream_points"]) + 1)}:
             problems.append("name or divided_at of the stream are out of range")
         if not all(stream[key] >= 0 for key in ("resolution", "spread", "images")):
             problems.append("resolution, spread or images of the stream are out of range")

@@ -173,7 +173,7 @@ class ContinualPatchCoreModel(nn.Module):
             augment: Whether to learn augmented views of each image too.
 
         Returns:
-            The variant of each image, None where the image was known.
+            The variant of each image, None where the image was known before the update.
         """
         names: list[str | None] = [None] * len(images)
         arrays = images.detach().float().cpu().numpy()
@@ -181,6 +181,7 @@ class ContinualPatchCoreModel(nn.Module):
         new = [i for i, value in enumerate(hashes) if not self.bank.knows(value)]
         if len(new) < len(images):
             self.bank.count_known(len(images) - len(new))
+            names = [self.bank.resumed(value) for value in hashes]
         for i, embedding in zip(new, self.embed(images[new]) if new else [], strict=True):
             views = None
             if augment:

@@ -35,6 +35,7 @@ SENIORITY = 2.0
 REMEMBERED_IMAGES = 65_536
 # With fewer points, dividing them into lists makes no search faster.
 DIVIDED_INDEX = 2048
+LISTS = 128
 # Of so many images, the later half sets the thresholds of a variant that has no validation set.
 NOVELTIES = 64
 
@@ -143,7 +144,7 @@ class VariantStream:
         arrays: dict[str, NDArray[Any]] = {
             "points": self.points,
             "radii": self.radii,
-            "covers": self.covers,
+            "covers": self.covers.copy(),  # which change in place
             "prototype": self.prototype,
             "hashes": np.array(self.hashes, np.int64),
             "novelties": np.array(self.novelties, np.float32),
@@ -287,8 +288,8 @@ class VariantStream:
         index: Any = flat
         if divided_at:
             # The first picks of farthest-first are well spread: as good as trained centroids, and nearly free.
-            flat.add(self.points[farthest_first(self.points[:divided_at], 128)[0]])
-            index = faiss.IndexIVFFlat(flat, dimension, 128)
+            flat.add(self.points[farthest_first(self.points[:divided_at], LISTS)[0]])
+            index = faiss.IndexIVFFlat(flat, dimension, LISTS)
             index.nprobe = 4
         self._quantizer = flat  # faiss does not keep it alive
         self._divided_at = divided_at

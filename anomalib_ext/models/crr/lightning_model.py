@@ -205,8 +205,12 @@ class Crr(DistillationModule, AnomalibModule):
         """See what there is to learn.
 
         Raises:
-            ValueError: If the second stage is to begin, but the first one was never learned.
+            ValueError: If the second stage is to begin, but the first one was never learned, or with half precision.
         """
+        if str(self.trainer.precision).startswith("16"):
+            # Its gradients are scaled, and would be clipped as they are.
+            msg = f"Crr cannot be trained with precision {self.trainer.precision}; use 32-true or bf16-mixed."
+            raise ValueError(msg)
         # A fit that does not resume one learns all its stages from their first step on.
         self._begins = self.trainer.ckpt_path is None
         if self.lengths[0] == 0 and self.model.steps[0] == 0:

@@ -725,6 +725,7 @@ def test_load_refuses_values_that_are_not_finite(key: str) -> None:
         (lambda plain: plain["variants"][1].update(spread=-1.0), "scale, resolution, spread or images of b"),
         (lambda plain: plain["stream"].update(name=""), "name or divided_at of the stream"),
         (lambda plain: plain["stream"].update(divided_at=121), "name or divided_at of the stream"),
+        (lambda plain: plain["stream"].update(divided_at=64), "name or divided_at of the stream"),
         (lambda plain: plain["stream"].update(images=-1), "resolution, spread or images of the stream"),
         (lambda plain: shift(plain, 1), "radii of b do not fall"),
         (lambda plain: shift(plain, -plain["variants"][0]["vectors"]), "radii of a do not fall"),
@@ -739,6 +740,7 @@ def test_load_refuses_values_that_are_not_finite(key: str) -> None:
         "spread",
         "stream",
         "index",
+        "few lists",
         "count",
         "more vectors",
         "no vectors",
@@ -1156,11 +1158,16 @@ def test_thresholds_follow_the_bank() -> None:
 
 
 def test_thresholds_without_calibration() -> None:
-    """Unknown, whether there was none or it had no images."""
+    """What the last images scored before they were learned; unknown if there was but one."""
     bank = filled()
     bank.calibrate("b", np.empty((0, CALIBRATION_PATCHES, 4), np.float32), np.empty(0, bool))
     for name in "ab":
-        assert np.isnan(list(bank.thresholds(name).values())).all()
+        reach = bank.variants[name].reach
+        assert reach > 0
+        assert bank.thresholds(name) == {"image": (reach, 0, reach), "pixel": (reach, 0, reach)}
+    bank.learn(draw("lobes", "c", 0, 40), "c")
+    bank.commit()
+    assert np.isnan(list(bank.thresholds("c").values())).all()
 
 
 def test_calibration_is_bounded() -> None:

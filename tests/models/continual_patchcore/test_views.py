@@ -6,7 +6,7 @@ import pytest
 
 from anomalib_ext.models.components.anomaly_map import anomaly_maps
 from anomalib_ext.models.components.k_center import nearest
-from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
+from anomalib_ext.models.continual_patchcore.memory_bank import CALIBRATION_PATCHES, MemoryBank
 from anomalib_ext.models.continual_patchcore.views import augmented_views, calibrate_from_views, image_hash
 
 
@@ -96,7 +96,7 @@ def test_thresholds_from_views() -> None:
     assert second["image"][0] == pytest.approx(novelty, rel=1e-5)
     assert second["pixel"][0] == pytest.approx(calibration.margin * calibration.pixel[0], rel=1e-5)
 
-    bank.calibrate("waves", np.ones((2, 8, 3), np.float32), np.array([False, True]))
+    bank.calibrate("waves", np.ones((2, CALIBRATION_PATCHES, 3), np.float32), np.array([False, True]))
     kept = bank.variants["waves"]
     calibrate_from_views(bank, "waves", [other], embed, lambda patches: nearest(patches, bank.vectors))
     assert bank.variants["waves"] is kept
@@ -109,4 +109,4 @@ def test_few_patches_fill_the_calibration() -> None:
     bank.learn(np.zeros((4, 3), np.float32) + np.arange(4)[:, None], "small")
     bank.commit()
     calibrate_from_views(bank, "small", [image], embed, lambda patches: nearest(patches, bank.vectors))
-    assert bank.variants["small"].calibration.patches.shape == (16, 8, 3)
+    assert bank.variants["small"].calibration.patches.shape == (16, CALIBRATION_PATCHES, 3)
