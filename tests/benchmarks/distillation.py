@@ -4,7 +4,7 @@
 Reads data sets in MVTec AD's layout and prints Markdown tables. Each training has a process of its own, for its memory;
 what is finished is kept in a file, so that a run that was stopped goes on with the rest:
 
-    python tests/benchmarks/distillation.py --root datasets --products '[bottle, pill, hazelnut]' --steps 300
+    python tests/benchmarks/distillation.py --settings.root datasets --products '[bottle, pill]' --settings.steps 60
 """
 
 import json
