@@ -239,18 +239,7 @@ class CategoryMetrics(Callback):
         del trainer, pl_module, outputs, batch_idx, dataloader_idx
         self._update(batch)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT | None,
-        batch: Any,  # noqa: ANN401  # as in Lightning
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Update the metrics of the categories in the batch."""
-        del trainer, pl_module, outputs, batch_idx, dataloader_idx
-        self._update(batch)
+    on_test_batch_end = on_validation_batch_end
 
     def _update(self, batch: ImageBatch) -> None:
         if not self._metrics:
@@ -271,9 +260,7 @@ class CategoryMetrics(Callback):
         """Log the metrics."""
         self._log(trainer, pl_module)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the metrics."""
-        self._log(trainer, pl_module)
+    on_test_epoch_end = on_validation_epoch_end
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._metrics or trainer.sanity_checking:

@@ -191,9 +191,9 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         variant = self.variant if variant is None else variant
         was_training = self.training
         self.eval()
-        self._begin()
-        self._few = self._are_few(len(items), variant)
         try:
+            self._begin()
+            self._few = self._are_few(len(items), variant)
             self._learn_items(items, variant)
             report = self._commit()
         except BaseException:

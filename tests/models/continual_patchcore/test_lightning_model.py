@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from anomalib_ext.data import PhotoVariants
+from anomalib_ext.data import MultiCategory, PhotoVariants
 from anomalib_ext.models import ContinualPatchCore
 from anomalib_ext.models.components.training import AtomicCheckpointIO
 from anomalib_ext.models.continual_patchcore import lightning_model, memory_bank
@@ -191,6 +191,21 @@ def test_learns_from_plain_loaders(products: Path, make_model: Make, make_engine
     model.eval()
     assert [f1_of(model, products, product) for product in ("stripes", "dots")] == [1, 1]
     assert Path(engine.best_model_path).is_file()
+
+
+def test_mixed_categories_are_one_variant(
+    products: Path,
+    make_model: Make,
+    make_engine: Make,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With a warning that says how each becomes a variant of its own."""
+    model = make_model()
+    data = MultiCategory(root=products, categories=["stripes", "dots"], num_workers=0)
+    make_engine().fit(model, datamodule=data)
+    assert list(model.last_report.variants.values()) == [40]
+    assert "learned as one variant" in caplog.text
+    assert "anomalib-ext stream" in caplog.text
 
 
 def test_unlabelled_validation_sets_the_thresholds_of_each_variant(

@@ -563,17 +563,32 @@ def test_no_room_for_another_variant() -> None:
     saved=st.lists(st.booleans(), min_size=12, max_size=12),
     dtype=st.sampled_from(["float32", "float16"]),
     divided=st.sampled_from([130, variant.DIVIDED_INDEX]),
+    pool=st.sampled_from([150, 300]),
 )
 @example(
     actions=[("a", 0), ("a", 1), "commit", ("a", 2), ("a", 3), "flush", ("b", 4), ("b", 5), ("a", 6)],
     saved=[True] * 12,
     dtype="float32",
     divided=130,
+    pool=150,
 )
-def test_going_on_from_a_saved_bank(actions: list[Any], saved: list[bool], dtype: str, divided: int) -> None:
+@example(
+    actions=[("a", 0), ("a", 1), "commit", ("a", 2), ("a", 3), "flush", ("b", 4), ("b", 5), ("a", 6)],
+    saved=[True] * 12,
+    dtype="float32",
+    divided=130,
+    pool=300,
+)
+def test_going_on_from_a_saved_bank(
+    actions: list[Any],
+    saved: list[bool],
+    dtype: str,
+    divided: int,
+    pool: int,
+) -> None:
     """Saved and loaded at any moment, in mid-stream too, a bank ends bit by bit as one that was never saved."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_bank, "SMALLEST_POOL", 300)
+        patch.setattr(memory_bank, "SMALLEST_POOL", pool)
         patch.setattr(variant, "DIVIDED_INDEX", divided)
         bank = MemoryBank(50, dtype)
         kept = MemoryBank(50, dtype)

@@ -280,6 +280,12 @@ def test_it_ends_early(make_data: Make, make_engine: Make, caplog: pytest.LogCap
     assert not torch.equal(model(images).pred_score, before)
 
 
+def test_half_precision_is_refused(make_data: Make, make_engine: Make) -> None:
+    """Gradients that are scaled would be clipped as they are."""
+    with pytest.raises(ValueError, match="precision 16-true; use 32-true or bf16-mixed"):
+        make_engine(precision="16-true").fit(make_crr(), datamodule=make_data(train_batch_size=4))
+
+
 def test_bfloat16(make_data: Make, make_engine: Make) -> None:
     """Both stages learn in mixed precision."""
     model = make_crr(repair_steps=2, segment_steps=2)
