@@ -392,7 +392,7 @@ def _halved(model: "ov.Model") -> "ov.Model":
         path = Path(folder) / "model.xml"
         ov.save_model(model, path, compress_to_fp16=True)
         # From memory, since a file that is mapped cannot be removed everywhere.
-        return ov.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
+        return bundle.core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
 
 
 def _resized(item: Any, size: tuple[int, int]) -> NDArray[np.float32]:  # noqa: ANN401  # an item of any data set
@@ -424,14 +424,12 @@ def _compare(
     Raises:
         ValueError: If it lost more than `max_drop`, or there is nothing to compare.
     """
-    import openvino as ov
-
     datamodule.setup()
     items = datamodule.test_data
     if not len(items):
         msg = f"The datamodule has no test images, which {name} is to be compared with FP32 on."
         raise ValueError(msg)
-    core = ov.Core()
+    core = bundle.core()
     models = {
         "FP32": core.compile_model(reference, "CPU", {"INFERENCE_PRECISION_HINT": PRECISION_HINT}),
         name: core.compile_model(compressed, "CPU", {"INFERENCE_PRECISION_HINT": PRECISION_HINT}),

@@ -17,6 +17,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Mapping
 
+    import openvino as ov
     from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
@@ -488,6 +490,17 @@ def placeholder(name: str, values: NDArray[Any]) -> Any:  # noqa: ANN401  # Open
     return constant
 
 
+@cache
+def core() -> ov.Core:
+    """OpenVINO's core, one for the process.
+
+    Where drivers of a GPU or NPU are missing or old, a second core that looks for devices may crash the process.
+    """
+    import openvino as ov
+
+    return ov.Core()
+
+
 def grown(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any]]) -> tuple[bytes, bytes]:
     """Files of an IR whose constants have other shapes.
 
@@ -498,7 +511,7 @@ def grown(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any]]) -> tup
     """
     import openvino as ov
 
-    model = ov.Core().read_model(xml, weights)
+    model = core().read_model(xml, weights)
     for node in model.get_ops():
         if (name := node.get_friendly_name()) in values:
             node.output(0).replace(placeholder(name, values[name]).output(0))

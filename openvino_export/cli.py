@@ -145,13 +145,13 @@ def benchmark(
         seconds: Time for each measurement.
     """
     import numpy as np
-    import openvino as ov
 
+    from .bundle import core
     from .detector import EdgeDetector
     from .images import load
 
     devices, precisions = ([given] if isinstance(given, str) else given for given in (devices, precisions))
-    for device in devices or ov.Core().available_devices:
+    for device in devices or core().available_devices:
         for precision in precisions or (None,):
             start = time.perf_counter()
             detector = EdgeDetector(bundle, device, precision)
@@ -325,9 +325,9 @@ def _reference(path: Path, name: str) -> Callable[[NDArray[np.float32]], dict[st
     if path.suffix not in {".onnx", ".xml"} or not path.is_file():
         msg = f"There is no model {path} to compare with; give a file that ends in .xml, .onnx or .ckpt."
         raise ValueError(msg)
-    import openvino as ov
+    from .bundle import core
 
-    compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda image: {next(iter(key.names)): value for key, value in compiled(image).items()}
 
 

@@ -485,11 +485,10 @@ class _Network:
     """What runs in OpenVINO, from an image in [0, 1]: the backbone of a model that learns, or the whole of another."""
 
     def __init__(self, read: Bundle, size: tuple[int, int], device: str, precision: str) -> None:
-        import openvino as ov
-
-        core = ov.Core()
+        core = bundles.core()
         plain = device.partition(":")[0].partition(".")[0]
-        if plain not in {"AUTO", "BATCH", "HETERO", "MULTI"} and not any(
+        # The CPU is always there; looking for others loads their drivers.
+        if plain not in {"CPU", "AUTO", "BATCH", "HETERO", "MULTI"} and not any(
             device == known or plain == known.partition(".")[0] for known in core.available_devices
         ):
             msg = f"OpenVINO finds no device {device} on this PC. It finds {', '.join(core.available_devices)}."

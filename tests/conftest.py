@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of the models share: small products, datamodules and models, all without network."""
 
+import faulthandler
 import os
 import random
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from PIL import Image
 
 SIDE = 64
@@ -38,10 +40,12 @@ def product_image(product: str, rng: np.random.Generator, defect: bool = False) 
     return image.clip(0, 255).astype(np.uint8), mask
 
 
-def pytest_runtest_setup() -> None:
-    """Have loaders shuffle alike in every run."""
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Have loaders shuffle alike in every run, and a crash say where it was."""
     import torch
 
+    # Lightning's trainer resets the handler of every signal that Python does not know of, this one's among them.
+    faulthandler.enable(item.config.stash[fault_handler_stderr_fd_key])
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  # Anomalib's own generators
     torch.manual_seed(0)
