@@ -59,7 +59,8 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         one_shot: Whether a variant of at most 16 images is learned with augmented views of them. Images without a
             name are counted by call.
         variant: Name of the variant that is learned. By default it is the category or the name of the datamodule,
-            and found from the images where there is none. ``load_from_checkpoint`` brings back the one that was given.
+            with ``MultiCategory`` the category of each image, and found from the images where there is none.
+            ``load_from_checkpoint`` brings back the one that was given.
         precision: ``float32`` or ``float16``, in which the memory bank is kept.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
@@ -81,7 +82,8 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
 
     model: ContinualPatchCoreModel
     _known: tuple[MemoryBank, MemoryBank | None] | None  # bank before an update, and what the update went on with
-    _waiting: list[torch.Tensor]  # batches, until it is clear whether they are few
+    _waiting: dict[str | None, list[torch.Tensor]]  # by label, until it is clear whether they are few
+    _many: set[str | None]  # labels of which they are not
     _recent: dict[str, list[torch.Tensor]]  # last learned images by variant
     _validated: set[str]  # variants
     # Of validation images by variant: patches that give the score, and whether the image is anomalous.
@@ -193,7 +195,8 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         self.eval()
         try:
             self._begin()
-            self._few = self._are_few(len(items), variant)
+            if not self._are_few(len(items), variant):
+                self._many.add(variant)
             self._learn_items(items, variant)
             report = self._commit()
         except BaseException:
@@ -209,7 +212,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
         for item in items:  # one by one, for they may be many and differ in size
             image = item if isinstance(item, torch.Tensor) else _read(item)
-            self._waiting.append(prepare(image[None].to(self.device)))
+            self._waiting[variant] = [prepare(image[None].to(self.device))]
             self._learn_waiting(variant)
 
     def configure_callbacks(self) -> list[Callback]:
@@ -218,39 +221,36 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
 
     def on_train_epoch_start(self) -> None:
         """Begin to learn."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if isinstance(datamodule, MultiCategory) and self.variant is None:
-            logger.warning(
-                "All categories of %s are learned as one variant, with one threshold. To learn each as a variant, one "
-                "after another, use `anomalib-ext stream`, or fit one datamodule after another.",
-                datamodule.name,
-            )
         self._begin()
-        self._few = self.one_shot
 
     def training_step(self, batch: ImageBatch, *args, **kwargs) -> torch.Tensor:
         """Learn a batch of normal images."""
         del args, kwargs
         assert batch.image is not None
         check_files(batch.image_path)
-        self._waiting.append(batch.image)
-        # Once there are many, images need not wait any longer.
-        self._few = self._few and self._are_few(sum(map(len, self._waiting)), self._variant_label)
-        if not self._few:
-            self._learn_waiting(self._variant_label)
+        labels = self._labels(batch)
+        for label in dict.fromkeys(labels):
+            waiting = self._waiting.setdefault(label, [])
+            waiting.append(batch.image[[other == label for other in labels]])
+            if not self._are_few(sum(map(len, waiting)), label):
+                self._many.add(label)
+            if label in self._many:
+                self._learn_waiting(label)
         # Lightning wants a loss.
         return torch.tensor(0.0, requires_grad=True, device=self.device)
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""
         self._calibration = {}
-        self._learn_waiting(self._variant_label)
+        for label in [*self._waiting]:
+            self._learn_waiting(label)
         self.model.bank.flush()
         self.model.refresh()
 
     def on_train_epoch_end(self) -> None:
         """Bring the epoch's images into the bank and report."""
-        self._learn_waiting(self._variant_label)
+        for label in [*self._waiting]:
+            self._learn_waiting(label)
         report = self._commit()
         self._reset()
         values = {
@@ -269,8 +269,8 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
 
     def _reset(self) -> None:
         """Leave nothing of an update behind."""
-        self._known, self._few = None, False
-        self._waiting, self._recent, self._validated, self._calibration = [], {}, set(), {}
+        self._known = None
+        self._waiting, self._many, self._recent, self._validated, self._calibration = {}, set(), {}, set(), {}
 
     def _begin(self) -> None:
         """Begin an update, with a copy of what is known."""
@@ -283,13 +283,12 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
     def _are_few(self, images: int, variant: str | None) -> bool:
         return self.one_shot and are_few(self.model.bank, variant, images)
 
-    def _learn_waiting(self, variant: str | None) -> None:
-        for images in self._waiting:
-            names = self.model.learn(images, variant, augment=self._few)
+    def _learn_waiting(self, label: str | None) -> None:
+        for images in self._waiting.pop(label):
+            names = self.model.learn(images, label, augment=label not in self._many)
             for image, name in zip(images, names, strict=True):
                 if name is not None:
                     self._recent[name] = [*self._recent.get(name, []), image][-FEW_IMAGES:]
-        self._waiting = []
 
     def _undo(self) -> None:
         """Forget what was learned since the beginning of an update that is under way."""
@@ -312,12 +311,13 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         self.last_report = report
         return report
 
-    @property
-    def _variant_label(self) -> str | None:
-        if self.variant is not None:
-            return self.variant
+    def _labels(self, batch: Batch) -> list[str | None]:
+        """Name of the variant of each image; None where it is to be found."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        return (getattr(datamodule, "category", None) or getattr(datamodule, "name", None)) if datamodule else None
+        if self.variant is None and isinstance(datamodule, MultiCategory):
+            return list(datamodule.categories_of(cast("Any", batch).image_path))
+        label = getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
+        return [label if self.variant is None else self.variant] * len(cast("torch.Tensor", batch.image))
 
     # Thresholds
 
@@ -367,7 +367,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         bank = self.model.bank
         names = list(bank.variants)
         found = [names[i] for i in cast("Any", batch).variant.tolist()]
-        variants = found if self._variant_label is None else [self._variant_label] * len(found)
+        variants = [label or other for label, other in zip(self._labels(batch), found, strict=True)]
         arrays = (embedding.flatten(1, 2).cpu().numpy(), scores.cpu().numpy())
         for name, label, patches, distances in zip(variants, batch.gt_label.tolist(), *arrays, strict=True):
             if name in bank.variants:

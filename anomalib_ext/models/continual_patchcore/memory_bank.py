@@ -33,6 +33,8 @@ SCHEMA_VERSION = 1
 MEMBERSHIP = 0.5
 # The pool that vectors are chosen from holds twice the budget, and for small budgets at least this many patches.
 SMALLEST_POOL = 12_288
+# Several variants may be learned in turn, image by image. Together their streams hold at most so many pools of points.
+OPEN_POOLS = 4
 # Calibration keeps the patches of an image that score highest, now and once only a share of the vectors is left.
 CALIBRATION_SHARES = (0.5, 0.25, 0.125)
 PATCHES_BY_SHARE = 4
@@ -106,8 +108,8 @@ def equal_scaled_radius(variants: Mapping[str, Variant], size: int) -> dict[str,
 class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judging
     """Patch embeddings of all variants, at most `size` of them.
 
-    Learned patches first go to a stream (:meth:`learn`) and reach the bank at :meth:`commit`, or when another variant
-    begins. To be able to go back, learn with a copy (`copy.deepcopy`).
+    Learned patches first go to the stream of their variant (:meth:`learn`) and reach the bank at :meth:`commit`. To be
+    able to go back, learn with a copy (`copy.deepcopy`).
 
     Args:
         size: Largest number of vectors.
@@ -131,10 +133,10 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
         self.dtype = np.dtype(dtype)
         self.variants: dict[str, Variant] = {}
         self.image_hashes: NDArray[np.int64] = np.empty(0, np.int64)
-        self._stream: VariantStream | None = None
+        self._streams: dict[str, VariantStream] = {}
         self._report = Report()
         self._before: dict[str, int] = {}  # vectors by variant at the last commit
-        self._resumed: dict[int, str] = {}  # variants of the images that came with a stream that was loaded
+        self._resumed: dict[int, str] = {}  # variants of the images that came with streams that were loaded
 
     def __len__(self) -> int:
         """Number of vectors."""
@@ -167,21 +169,21 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
     @property
     def is_learning(self) -> bool:
         """Whether there are images that :meth:`commit` or :meth:`flush` has yet to bring into the bank."""
-        return self._stream is not None
+        return bool(self._streams)
 
     def images(self, variant: str) -> int:
         """Number of images that were learned of a variant, those not yet in the bank included."""
         known = self.variants[variant].images if variant in self.variants else 0
-        return known + (self._stream.images if self._stream and self._stream.name == variant else 0)
+        return known + (self._streams[variant].images if variant in self._streams else 0)
 
     def knows(self, image_hash: int) -> bool:
-        """Whether the image with this hash was learned, in the bank or in the open stream."""
-        return bool((self.image_hashes == image_hash).any()) or bool(
-            self._stream and image_hash in self._stream.hashes,
+        """Whether the image with this hash was learned, in the bank or in an open stream."""
+        return bool((self.image_hashes == image_hash).any()) or any(
+            image_hash in stream.hashes for stream in self._streams.values()
         )
 
     def resumed(self, image_hash: int) -> str | None:
-        """Variant of an image that a stream brought with it when it was loaded; None when asked again."""
+        """Variant of an image that the open streams brought with them when loaded; None when asked again."""
         return self._resumed.pop(image_hash, None)
 
     def count_known(self, images: int) -> None:
@@ -223,24 +225,26 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
         if variant is None:
             variant = self.identify(patches) or self._new_name()
         self._check_room([variant])
-        if self._stream is not None and self._stream.name != variant:
-            self.flush()
-        if self._stream is None:
-            self._stream = self._open_stream(variant, patches.shape[1])
-        novelty = self._stream.absorb(patches.astype(np.float32, copy=False))
+        stream = self._stream_of(variant, patches.shape[1])
+        novelty = stream.absorb(patches.astype(np.float32, copy=False))
         if np.isfinite(novelty):
-            self._stream.novelties.append(novelty)
+            stream.novelties.append(novelty)
         if views is not None:
-            self._stream.absorb(views.astype(np.float32, copy=False))
-        self._stream.describe(*description(patches), images=1)
+            stream.absorb(views.astype(np.float32, copy=False))
+        stream.describe(*description(patches), images=1)
         if image_hash is not None:
-            self._stream.hashes.append(image_hash)
-        self._stream.seconds += time.perf_counter() - start
+            stream.hashes.append(image_hash)
+        stream.seconds += time.perf_counter() - start
+        while sum(len(other.points) for other in self._streams.values()) > OPEN_POOLS * stream.capacity:
+            self._close(max(self._streams.values(), key=lambda other: len(other.points)))
         return variant
 
-    def _open_stream(self, variant: str, dimension: int) -> VariantStream:
-        pool = max(2 * self.size, SMALLEST_POOL)
-        return VariantStream(variant, self.variants.get(variant), dimension, pool, self.dtype)
+    def _stream_of(self, variant: str, dimension: int) -> VariantStream:
+        """The open stream of a variant."""
+        if variant not in self._streams:
+            pool = max(2 * self.size, SMALLEST_POOL)
+            self._streams[variant] = VariantStream(variant, self.variants.get(variant), dimension, pool, self.dtype)
+        return self._streams[variant]
 
     def commit(self) -> Report:
         """Bring what was learned since the last commit into the bank.
@@ -260,16 +264,21 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
 
     def flush(self) -> None:
         """Bring what was learned into the bank and go on; :meth:`commit` reports it later."""
-        stream = self._stream
-        if stream is None:
-            return
+        for stream in list(self._streams.values()):
+            self._close(stream)
+
+    def _close(self, stream: VariantStream) -> None:
+        """Bring what was learned of one variant into the bank."""
         start = time.perf_counter()
         threshold = 0.0
         if len(self.variants) < len(self) == self.size:
             # More vectors can only raise the threshold of a full bank, which is just below the least of its radii.
             threshold = 0.99 * min(float(variant.radii[-1]) / variant.scale for variant in self.variants.values())
-        self._store({stream.name: stream.result(self.size, threshold)}, np.array(stream.hashes, np.int64))
-        self._stream = None
+        variant = stream.result(self.size, threshold)
+        if stream.name in self.variants:
+            variant = replace(variant, calibration=self.variants[stream.name].calibration)
+        self._store({stream.name: variant}, np.array(stream.hashes, np.int64))
+        del self._streams[stream.name]
         self._report.variants[stream.name] += stream.images
         self._report.seconds += stream.seconds + time.perf_counter() - start
 
@@ -289,8 +298,7 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
             patches: Patch embeddings of one image, shape `(n, d)`.
         """
         known = {name: (variant.prototype, variant.spread) for name, variant in self.variants.items()}
-        if self._stream is not None:
-            known[self._stream.name] = (self._stream.prototype, self._stream.spread)
+        known |= {name: (stream.prototype, stream.spread) for name, stream in self._streams.items()}
         if not known:
             return None
         mean, own_spread = description(patches)
@@ -302,7 +310,7 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
         """Learn all that another bank of the same backbone knows.
 
         Args:
-            other: Bank to learn from, with nothing left in its stream; it stays as it is.
+            other: Bank to learn from, with no open stream; it stays as it is.
 
         Returns:
             What changed since the last commit.
@@ -311,8 +319,8 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
             ValueError: If the banks are of different dimensions, there is no room for all variants, or the other bank
                 has not committed what it learned. Nothing was changed then.
         """
-        if other._stream is not None:  # of its own class
-            msg = f"The other bank still learns {other._stream.name}; commit that, then merge."
+        if other.is_learning:
+            msg = f"The other bank still learns {', '.join(other._streams)}; commit that, then merge."  # its own class
             raise ValueError(msg)
         if other.variants:
             self._validate(other.vectors)
@@ -326,10 +334,10 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
         hashes = other.image_hashes[~np.isin(other.image_hashes, self.image_hashes)]
         for name, variant in other.variants.items():
             if name in self.variants:
-                self._stream = self._open_stream(name, variant.vectors.shape[1])
-                self._stream.absorb(variant.vectors.astype(np.float32), variant.covers)
-                self._stream.describe(variant.prototype, variant.spread, variant.images)
-                self._stream.novelties.extend(variant.novelties.tolist())
+                stream = self._stream_of(name, variant.vectors.shape[1])
+                stream.absorb(variant.vectors.astype(np.float32), variant.covers)
+                stream.describe(variant.prototype, variant.spread, variant.images)
+                stream.novelties.extend(variant.novelties.tolist())
                 self.flush()
                 known = self.variants[name]
                 if known.calibration is None:
@@ -434,7 +442,7 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
         }
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """State as arrays and as plain data, fit for safetensors and JSON; with the stream, if one is open."""
+        """State as arrays and as plain data, fit for safetensors and JSON; with the open streams."""
         variants = self.variants.values()
         dimension = next(iter(variants)).vectors.shape[1] if self.variants else 0
         empty = Calibration(
@@ -457,7 +465,7 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
             "prototypes": np.array([v.prototype for v in variants], np.float32).reshape(len(variants), dimension),
             "image_hashes": self.image_hashes,
         }
-        plain = {
+        plain: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "size": self.size,
             "dtype": self.dtype.name,
@@ -474,10 +482,12 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
                 }
                 for name, variant in self.variants.items()
             ],
+            "streams": [],
         }
-        if self._stream is not None:
-            own, plain["stream"] = self._stream.to_arrays()
-            arrays |= {f"stream_{key}": value for key, value in own.items()}
+        for position, stream in enumerate(self._streams.values()):
+            own, described = stream.to_arrays()
+            arrays |= {f"stream_{position}_{key}": value for key, value in own.items()}
+            plain["streams"].append(described)
         return arrays, plain
 
     @classmethod
@@ -532,20 +542,19 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
                 np.array(arrays["novelties"][novelties]),
             )
         bank._before = {name: len(variant.radii) for name, variant in bank.variants.items()}
-        if "stream" in plain:
-            stream = bank._open_stream(plain["stream"]["name"], arrays["stream_points"].shape[1])
-            prefix = "stream_"
+        for position, described in enumerate(plain["streams"]):
+            prefix = f"stream_{position}_"
             own = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-            stream.restore(own, plain["stream"])
-            bank._stream = stream
-            bank._resumed = dict.fromkeys(stream.hashes, stream.name)
+            stream = bank._stream_of(described["name"], own["points"].shape[1])
+            stream.restore(own, described)
+            bank._resumed |= dict.fromkeys(stream.hashes, stream.name)
         return bank
 
     @property
     def _dimension(self) -> int | None:
         """Dimension of all that was learned, None before anything was."""
-        if self._stream is not None:
-            return self._stream.points.shape[1]
+        for stream in self._streams.values():
+            return stream.points.shape[1]
         return next((variant.vectors.shape[1] for variant in self.variants.values()), None)
 
     def _validate(self, patches: Array) -> None:
@@ -574,13 +583,13 @@ class MemoryBank:  # noqa: PLR0904  # small steps of learning, saving and judgin
 
     def _check_room(self, names: Iterable[str]) -> None:
         """Refuse variants for which not even one vector each is left."""
-        variants = {*self.variants, *names, *([self._stream.name] if self._stream else [])}
+        variants = {*self.variants, *names, *self._streams}
         if len(variants) > self.size:
             msg = f"A memory of {self.size} vectors cannot hold {len(variants)} variants; use a larger memory_size."
             raise ValueError(msg)
 
     def _new_name(self) -> str:
-        taken: Iterable[str] = [*self.variants, *([self._stream.name] if self._stream else [])]
+        taken = {*self.variants, *self._streams}
         return next(name for i in range(1, 2**31) if (name := f"variant_{i}") not in taken)
 
 
@@ -616,19 +625,19 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         "calibration_margins",
         "novelties",
     ]
-    stream = plain.get("stream")
-    if stream is not None:
-        points = len(arrays["stream_points"])
-        dimension = dimension or arrays["stream_points"].shape[-1]  # 0 while the bank is empty
+    for position in range(len(plain["streams"])):
+        prefix = f"stream_{position}_"
+        count = len(arrays[f"{prefix}points"])
+        dimension = dimension or arrays[f"{prefix}points"].shape[-1]  # 0 while the bank is empty
         shapes |= {
-            "stream_points": (points, dimension),
-            "stream_radii": (points,),
-            "stream_covers": (points,),
-            "stream_prototype": (dimension,),
-            "stream_hashes": (arrays["stream_hashes"].size,),
-            "stream_novelties": (arrays["stream_novelties"].size,),
+            f"{prefix}points": (count, dimension),
+            f"{prefix}radii": (count,),
+            f"{prefix}covers": (count,),
+            f"{prefix}prototype": (dimension,),
+            f"{prefix}hashes": (arrays[f"{prefix}hashes"].size,),
+            f"{prefix}novelties": (arrays[f"{prefix}novelties"].size,),
         }
-        finite += ["stream_points", "stream_covers", "stream_prototype", "stream_novelties"]
+        finite += [f"{prefix}{key}" for key in ("points", "covers", "prototype", "novelties")]
     problems = [
         f"{key} has the shape {arrays[key].shape} in place of {shape}"
         for key, shape in shapes.items()
@@ -643,15 +652,18 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
     problems += [f"{key} holds values that are not finite" for key in finite if not np.isfinite(arrays[key]).all()]
     if len({entry["name"] for entry in entries}) < len(entries):
         problems.append("a variant is there twice")
-    if stream is not None:
-        if np.isnan(arrays["stream_radii"]).any() or (arrays["stream_radii"] < 0).any():
-            problems.append("stream_radii holds negative values or NaN")
-        if arrays["stream_points"].dtype != np.float32:
-            problems.append(f"stream_points are of {arrays['stream_points'].dtype} in place of float32")
-        if not stream["name"] or stream["divided_at"] not in {0, *range(LISTS, len(arrays["stream_points"]) + 1)}:
-            problems.append("name or divided_at of the stream are out of range")
+    if len({stream["name"] for stream in plain["streams"]}) < len(plain["streams"]):
+        problems.append("a stream is there twice")
+    for position, stream in enumerate(plain["streams"]):
+        points, radii = (arrays[f"stream_{position}_{key}"] for key in ("points", "radii"))
+        if np.isnan(radii).any() or (radii < 0).any():
+            problems.append(f"stream_{position}_radii holds negative values or NaN")
+        if points.dtype != np.float32:
+            problems.append(f"stream_{position}_points are of {points.dtype} in place of float32")
+        if not stream["name"] or stream["divided_at"] not in {0, *range(LISTS, len(points) + 1)}:
+            problems.append(f"name or divided_at of stream {position} are out of range")
         if not all(stream[key] >= 0 for key in ("resolution", "spread", "images")):
-            problems.append("resolution, spread or images of the stream are out of range")
+            problems.append(f"resolution, spread or images of stream {position} are out of range")
     first = 0
     for entry, count in zip(entries, counts, strict=True):
         radii = arrays["radii"][first : first + count]

@@ -251,7 +251,9 @@ class VariantStream:
         return _scale(farthest_first(self.points, SCALE_PICKS + 1)[1], None)
 
     def result(self, size: int, threshold: float) -> Variant:
-        """The variant with at most `size` vectors, or as many as its scale takes; the stream is used up.
+        """The variant with at most `size` vectors, or as many as its scale takes, without calibration.
+
+        The stream is used up.
 
         Args:
             size: Budget of the bank.
@@ -268,7 +270,6 @@ class VariantStream:
             images=self.images + (self.known.images if self.known else 0),
             prototype=self.prototype,
             spread=self.spread,
-            calibration=self.known.calibration if self.known else None,
             novelties=np.array(self.novelties, np.float32),
         )
 

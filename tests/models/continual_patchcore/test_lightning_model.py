@@ -8,9 +8,11 @@ import io
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,19 +195,40 @@ def test_learns_from_plain_loaders(products: Path, make_model: Make, make_engine
     assert Path(engine.best_model_path).is_file()
 
 
-def test_mixed_categories_are_one_variant(
+def test_mixed_categories_are_variants(
     products: Path,
     make_model: Make,
     make_engine: Make,
-    caplog: pytest.LogCaptureFixture,
+    make_data: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a warning that says how each becomes a variant of its own."""
-    model = make_model()
-    data = MultiCategory(root=products, categories=["stripes", "dots"], num_workers=0)
+    """Each category of a joint set is learned, calibrated and judged as a variant; the one of few images with views."""
+    for path in sorted((products / "checks" / "train" / "good").iterdir())[:3]:
+        shutil.copy(path, tmp_path)
+    tests = products / "checks" / "test"
+    few = Folder(
+        "few",
+        normal_dir=tmp_path,
+        abnormal_dir=tests / "hole",
+        normal_test_dir=tests / "good",
+        val_split_mode="same_as_test",
+        num_workers=0,
+    )
+    data = MultiCategory([make_data("stripes"), make_data("dots"), few], num_workers=0, train_batch_size=8)
+    model, learned, learn = make_model(one_shot=True), Counter(), memory_bank.MemoryBank.learn
+
+    def counted(bank: Any, patches: Any, variant: str, image_hash: int, views: Any) -> Any:  # noqa: ANN401
+        learned[variant, views is not None] += 1
+        return learn(bank, patches, variant, image_hash, views)
+
+    monkeypatch.setattr(memory_bank.MemoryBank, "learn", counted)
     make_engine().fit(model, datamodule=data)
-    assert list(model.last_report.variants.values()) == [40]
-    assert "learned as one variant" in caplog.text
-    assert "anomalib-ext stream" in caplog.text
+    assert learned == {("stripes", False): 20, ("dots", False): 20, ("few", True): 3}
+    calibrations = {name: variant.calibration for name, variant in model.model.bank.variants.items()}
+    assert {name: one.labels.sum() for name, one in calibrations.items()} == {"stripes": 6, "dots": 6, "few": 6}
+    values = make_engine().test(model, datamodule=data, verbose=False)[0]
+    assert values["mean/image_AUROC"] > 0.95
 
 
 def test_unlabelled_validation_sets_the_thresholds_of_each_variant(

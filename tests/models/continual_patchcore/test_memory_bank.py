@@ -140,12 +140,12 @@ def filled(size: int = 60, variants: str = "ab", *, dtype: str = "float32", cali
 
 @contextmanager
 def unchanged(bank: MemoryBank) -> Generator[None]:
-    """Check that the bank stays as it was, and all that is still in its stream."""
+    """Check that the bank stays as it was, and all that is still in its streams."""
 
     def state() -> object:
-        stream = vars(bank._stream) if bank._stream else {}
         left_out = {"known", "_index", "_quantizer"}
-        return bank.to_arrays(), {name: value for name, value in stream.items() if name not in left_out}
+        streams = [vars(stream).items() for stream in bank._streams.values()]
+        return bank.to_arrays(), [{key: value for key, value in own if key not in left_out} for own in streams]
 
     before = copy.deepcopy(state())
     try:
@@ -251,7 +251,7 @@ class Learning(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.learned: Ledger = {}  # in the bank
-        self.open: Ledger = {}  # in the stream
+        self.open: Ledger = {}  # in a stream
         self.images: dict[str, int] = {}
 
     @initialize(
@@ -290,15 +290,14 @@ class Learning(RuleBasedStateMachine):
                 self.bank.learn(patches, name)
             return
         assert self.bank.learn(patches, name) == name
-        if name not in self.open:
-            self._bring_in(self.open)
-            self.open = {name: []}
-        self.open[name].append(patches)
+        self.open.setdefault(name, []).append(patches)
+        for closed in {*self.open} - {*self.bank._streams}:
+            self._bring_in({closed: self.open.pop(closed)})
         self.images[name] = self.images.get(name, 0) + 1
 
     @rule()
     def flush(self) -> None:
-        """Bring the stream into the bank."""
+        """Bring the streams into the bank."""
         self.bank.flush()
         self._bring_in(self.open)
         self.open = {}
@@ -340,11 +339,11 @@ class Learning(RuleBasedStateMachine):
         # What follows is reported as of a session of its own, with the images that were not in the bank yet.
         self._remember()
         self.images = {name: len(patches) for name, patches in self.open.items()}
-        self.committed = {**self.learned}, self._without_stream(), self._counts()
+        self.committed = {**self.learned}, self._without_streams(), self._counts()
 
-    def _without_stream(self) -> MemoryBank:
+    def _without_streams(self) -> MemoryBank:
         bank = copy.deepcopy(self.bank)
-        bank._stream = None
+        bank._streams = {}
         return bank
 
     @rule(
@@ -397,8 +396,7 @@ def test_certificate_with_an_approximate_index(monkeypatch: pytest.MonkeyPatch, 
     for name, images in learned.items():
         for image in images:
             bank.learn(image, name)
-        assert bank._stream is not None
-        assert type(bank._stream._index).__name__ == "IndexIVFFlat"
+        assert type(bank._streams[name]._index).__name__ == "IndexIVFFlat"
     bank.commit()
     check(bank, learned)
 
@@ -424,8 +422,7 @@ def test_known_patches_take_no_room_in_the_pool() -> None:
     bank = MemoryBank(30)
     for seed in range(12):
         bank.learn(draw("lobes", "a", seed, 60), "a")
-    stream = bank._stream
-    assert stream is not None
+    stream = bank._streams["a"]
     points = stream.points
     assert stream.resolution > 0
     image = 50 + draw("lobes", "a", 12, 20)
@@ -670,17 +667,18 @@ def test_load_refuses_another_schema() -> None:
 
 
 def saved() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state of a bank of two calibrated variants, in the middle of a third."""
+    """The state of a bank of two calibrated variants, in the middle of a third and of one of the two."""
     bank = filled(calibrated=True)
     for seed in range(3):
-        bank.learn(draw("lobes", "c", seed, 40), "c", image_hash=seed)
+        for name in "ac":
+            bank.learn(draw("lobes", name, 10 + seed, 40), name, image_hash=ord(name) + seed)
     return bank.to_arrays()
 
 
 ARRAYS = sorted(saved()[0])
 
 
-@pytest.mark.parametrize("key", [*ARRAYS, "size", "dtype", "variants"])
+@pytest.mark.parametrize("key", [*ARRAYS, "size", "dtype", "variants", "streams"])
 def test_load_refuses_what_lacks_a_part(key: str) -> None:
     """The message names the part."""
     arrays, plain = saved()
@@ -699,7 +697,11 @@ def test_load_refuses_a_variant_that_lacks_a_part(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", sorted({*ARRAYS} - {"image_hashes", "stream_points", "stream_hashes", "stream_novelties"})
+    "key",
+    sorted(
+        {*ARRAYS}
+        - {"image_hashes", *(f"stream_{i}_{key}" for i in (0, 1) for key in ("points", "hashes", "novelties"))}
+    ),
 )
 @pytest.mark.parametrize(
     "change",
@@ -715,7 +717,10 @@ def test_load_refuses_arrays_of_another_length(key: str, change: Callable[[Array
 
 
 @pytest.mark.parametrize(
-    "key", sorted({*ARRAYS} - {"image_hashes", "stream_hashes", "calibration_labels", "calibration_pixels"})
+    "key",
+    sorted(
+        {*ARRAYS} - {"image_hashes", "stream_0_hashes", "stream_1_hashes", "calibration_labels", "calibration_pixels"}
+    ),
 )
 def test_load_refuses_values_that_are_not_finite(key: str) -> None:
     """NaN would spread to every score."""
@@ -738,10 +743,11 @@ def test_load_refuses_values_that_are_not_finite(key: str) -> None:
             "scale, resolution, spread or images of b",
         ),
         (lambda plain: plain["variants"][1].update(spread=-1.0), "scale, resolution, spread or images of b"),
-        (lambda plain: plain["stream"].update(name=""), "name or divided_at of the stream"),
-        (lambda plain: plain["stream"].update(divided_at=121), "name or divided_at of the stream"),
-        (lambda plain: plain["stream"].update(divided_at=64), "name or divided_at of the stream"),
-        (lambda plain: plain["stream"].update(images=-1), "resolution, spread or images of the stream"),
+        (lambda plain: plain["streams"][1].update(name=""), "name or divided_at of stream 1"),
+        (lambda plain: plain["streams"][1].update(name="a"), "a stream is there twice"),
+        (lambda plain: plain["streams"][1].update(divided_at=121), "name or divided_at of stream 1"),
+        (lambda plain: plain["streams"][1].update(divided_at=64), "name or divided_at of stream 1"),
+        (lambda plain: plain["streams"][0].update(images=-1), "resolution, spread or images of stream 0"),
         (lambda plain: shift(plain, 1), "radii of b do not fall"),
         (lambda plain: shift(plain, -plain["variants"][0]["vectors"]), "radii of a do not fall"),
     ],
@@ -754,6 +760,7 @@ def test_load_refuses_values_that_are_not_finite(key: str) -> None:
         "resolution",
         "spread",
         "stream",
+        "stream twice",
         "index",
         "few lists",
         "count",
@@ -774,6 +781,56 @@ def shift(plain: dict[str, Any], count: int) -> None:
     first, second = plain["variants"]
     first["vectors"] += count
     second["vectors"] -= count
+
+
+# Several variants in turn
+
+
+@REPEATABLE
+@given(names=st.lists(st.sampled_from("abc"), min_size=1, max_size=12), known=st.booleans())
+def test_variants_in_turn_are_as_one_after_another(names: list[str], known: bool) -> None:
+    """Image by image in any order, the bank ends bit by bit as if each variant had come at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_bank, "SMALLEST_POOL", 300)
+        mixed = filled(50, variants="abc", calibrated=True) if known else MemoryBank(50)
+        sorted_out = copy.deepcopy(mixed)
+        first = list(dict.fromkeys(names))
+        for bank, order in (
+            (mixed, [*enumerate(names)]),
+            (sorted_out, sorted(enumerate(names), key=lambda item: first.index(item[1]))),
+        ):
+            for seed, name in order:
+                bank.learn(draw("lobes", name, 10 + seed, 90), name, image_hash=seed)
+        assert mixed.commit().variants == sorted_out.commit().variants
+        assert same(mixed, sorted_out)
+
+
+@pytest.mark.usefixtures("small_pool")
+def test_open_streams_are_bounded() -> None:
+    """Together they take no more room than some full pools; what was learned is not lost."""
+    bank, learned = (
+        MemoryBank(30),
+        {name: [draw("curve", name, seed, 50, 4) for seed in range(9)] for name in "abcdefgh"},
+    )
+    pool, opened = 0, 0
+    for seed in range(9):
+        for name, images in learned.items():
+            bank.learn(images[seed], name)
+            pool = bank._streams[name].capacity if name in bank._streams else pool
+            opened = max(opened, len(bank._streams))
+            assert sum(len(stream.points) for stream in bank._streams.values()) <= 4 * pool
+    assert opened > 1
+    assert bank.commit().variants == dict.fromkeys("abcdefgh", 9)
+    check(bank, learned)
+
+
+def test_calibration_while_a_stream_is_open() -> None:
+    """Thresholds that are set meanwhile remain."""
+    bank = filled()
+    bank.learn(draw("lobes", "a", 9, 40), "a")
+    bank.calibrate("a", np.ones((2, CALIBRATION_PATCHES, 4), np.float32), np.array([False, True]))
+    bank.commit()
+    assert bank.variants["a"].calibration is not None
 
 
 # Images that are known
@@ -837,8 +894,7 @@ def test_remembered_images_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, other = MemoryBank(9), MemoryBank(9)
     for value in range(9, 0, -1):
         bank.learn(np.ones((1, 2), np.float32), "a", image_hash=value)
-        assert bank._stream is not None
-        assert len(bank._stream.hashes) <= 4
+        assert len(bank._streams["a"].hashes) <= 4
     bank.commit()
     assert bank.image_hashes.tolist() == [4, 3, 2, 1]
     other.learn(np.ones((1, 2), np.float32), "a", image_hash=0)
@@ -1020,8 +1076,7 @@ def test_novelty_by_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = MemoryBank(1000)
     for seed in range(14):
         bank.learn(draw("curve", "a", seed, 700, 6), "a")
-    stream = bank._stream
-    assert stream is not None
+    stream = bank._streams["a"]
     assert type(stream._index).__name__ == "IndexIVFFlat"
     points, image = stream.points, draw("curve", "a", 99, 700, 6)
     assert stream.absorb(image) == pytest.approx(distances_between(image, points).max(), rel=1e-4)
@@ -1240,8 +1295,7 @@ def test_memory_does_not_grow_with_images(monkeypatch: pytest.MonkeyPatch) -> No
         tracemalloc.start()
         for seed in range(images):
             bank.learn(draw("lobes", "a", seed, 64, 24), "a", image_hash=seed)
-            assert bank._stream is not None
-            indexed = max(indexed, bank._stream._index.ntotal if bank._stream._index else 0)
+            indexed = max(indexed, bank._streams["a"]._index.ntotal)
         bank.commit()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
