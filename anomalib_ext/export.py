@@ -219,7 +219,9 @@ def export_bundle(
             else:
                 features = _compressed(features, compression, images)
                 whole = _joined(graph, features)
-        if {next(iter(output.names)) for output in whole.outputs} == set(OUTPUTS):
+        if input_size is None and not (ov_kwargs or {}).get("input"):
+            whole = _of_any_size(whole)
+        elif {next(iter(output.names)) for output in whole.outputs} == set(OUTPUTS):
             _describe_to_model_api(whole, size)
         path = _save(whole, folder / "model.xml", values)
         if features is not None:
@@ -504,6 +506,18 @@ def _number(value: torch.Tensor | None) -> float | None:
     """A number for JSON, which knows no NaN."""
     number = math.nan if value is None else float(value)
     return number if math.isfinite(number) else None
+
+
+def _of_any_size(model: "ov.Model") -> "ov.Model":
+    """The model for images of any height and width, which it resizes as torch does: Studio sends them as they are."""
+    from openvino import Layout
+    from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
+
+    processor = PrePostProcessor(model)
+    processor.input().tensor().set_spatial_dynamic_shape().set_layout(Layout("NCHW"))
+    processor.input().preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
+    processor.input().model().set_layout(Layout("NCHW"))
+    return processor.build()
 
 
 def _describe_to_model_api(model: "ov.Model", size: tuple[int, int]) -> None:

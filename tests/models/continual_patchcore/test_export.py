@@ -442,7 +442,7 @@ def test_model_api(
     tmp_path: Path,
 ) -> None:
     """Intel's ModelAPI, in its own environment since it wants another OpenCV, decides alike."""
-    path = make_engine().export(two, ExportType.OPENVINO, export_root=tmp_path)
+    path = make_engine().export(two, ExportType.OPENVINO, export_root=tmp_path, input_size=(64, 64))
     script = """
 import json, sys
 import cv2, numpy as np
