@@ -110,7 +110,7 @@ class BundleExport(nn.Module):
         Args:
             export_root: Folder of exports.
             model_file_name: Must be ``model``, by which the edge PC finds the graph.
-            input_size: Height and width of the images; those of the pre-processor if not given.
+            input_size: As for :func:`export_bundle`.
             compression_type: As for :func:`export_bundle`.
             datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
             metric: Not used; image AUROC and F1 are compared.
@@ -175,7 +175,8 @@ def export_bundle(
         model: Model whose pre- and post-processor describe the images and the scores.
         content: Gives what the model brings, for images of a height and width.
         export_root: Folder of exports.
-        input_size: Height and width of the images; those of the pre-processor if not given.
+        input_size: Height and width of the images. Without them, `model.xml` takes images of any size, and resizes them
+            to that of the pre-processor; with them, it also describes itself to Intel's ModelAPI.
         compression_type: `FP16` halves the bytes of the backbone's weights. `INT8_PTQ` and `INT8_ACQ` quantise the
             backbone except for its most sensitive layers, `INT8` its weights alone. What follows the embedding stays
             as it is.
