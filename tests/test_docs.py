@@ -141,7 +141,7 @@ def test_script(program: str) -> None:
     script = Path(sysconfig.get_path("scripts")) / program
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout.lower()
+    assert "--help" in done.stdout
 
 
 def test_exceptions_are_needed() -> None:
@@ -163,7 +163,7 @@ def test_messages() -> None:
     sources = [text(node) for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^\*\*(`+)(.*?)\1\*\*(.*)$", page, re.MULTILINE)
-    assert len(quoted) > 50
+    assert len(quoted) == page.count("\n**") > 40
     for _, message, whose in quoted:
         if "the system's" in whose:
             assert message == os.strerror(28)

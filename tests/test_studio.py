@@ -51,7 +51,8 @@ class Progress(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:  # noqa: ANN401
         """Tell how much is done, and stop if that is wanted."""
         done, epochs = args[-1] + 1, trainer.max_epochs
-        assert epochs
+        assert epochs is not None
+        assert epochs > 0
         self.progress.append((trainer.current_epoch + done / trainer.num_training_batches) / epochs)
         trainer.should_stop |= self.cancelled
 
