@@ -110,7 +110,7 @@ class BundleExport(nn.Module):
         Args:
             export_root: Folder of exports.
             model_file_name: Must be ``model``, by which the edge PC finds the graph.
-            input_size: Height and width of the images; those of the pre-processor if not given.
+            input_size: As for :func:`export_bundle`.
             compression_type: As for :func:`export_bundle`.
             datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
             metric: Not used; image AUROC and F1 are compared.
@@ -175,7 +175,8 @@ def export_bundle(
         model: Model whose pre- and post-processor describe the images and the scores.
         content: Gives what the model brings, for images of a height and width.
         export_root: Folder of exports.
-        input_size: Height and width of the images; those of the pre-processor if not given.
+        input_size: Height and width of the images. Without them, `model.xml` takes images of any size, and resizes them
+            to that of the pre-processor; with them, it also describes itself to Intel's ModelAPI.
         compression_type: `FP16` halves the bytes of the backbone's weights. `INT8_PTQ` and `INT8_ACQ` quantise the
             backbone except for its most sensitive layers, `INT8` its weights alone. What follows the embedding stays
             as it is.
@@ -219,7 +220,9 @@ def export_bundle(
             else:
                 features = _compressed(features, compression, images)
                 whole = _joined(graph, features)
-        if {next(iter(output.names)) for output in whole.outputs} == set(OUTPUTS):
+        if input_size is None and not (ov_kwargs or {}).get("input"):
+            whole = _of_any_size(whole)
+        elif {next(iter(output.names)) for output in whole.outputs} == set(OUTPUTS):
             _describe_to_model_api(whole, size)
         path = _save(whole, folder / "model.xml", values)
         if features is not None:
@@ -502,6 +505,18 @@ def _number(value: torch.Tensor | None) -> float | None:
     """A number for JSON, which knows no NaN."""
     number = math.nan if value is None else float(value)
     return number if math.isfinite(number) else None
+
+
+def _of_any_size(model: "ov.Model") -> "ov.Model":
+    """The model for images of any height and width, which it resizes as torch does: Studio sends them as they are."""
+    from openvino import Layout
+    from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
+
+    processor = PrePostProcessor(model)
+    processor.input().tensor().set_spatial_dynamic_shape().set_layout(Layout("NCHW"))
+    processor.input().preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
+    processor.input().model().set_layout(Layout("NCHW"))
+    return processor.build()
 
 
 def _describe_to_model_api(model: "ov.Model", size: tuple[int, int]) -> None:

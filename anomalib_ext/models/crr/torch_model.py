@@ -63,6 +63,7 @@ class CrrModel(nn.Module):
         if not 0 <= alpha <= 1:
             msg = f"alpha, the weight of the cosine map, must lie in [0, 1], got {alpha}."
             raise ValueError(msg)
+        self.backbone = encoder  # which Anomalib Studio shows
         self.alpha = alpha
         self.mask = RandomMask(mask_ratio, inference_mask)
         layers = encoder_layers(encoder)

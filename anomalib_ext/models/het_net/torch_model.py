@@ -70,6 +70,7 @@ class HetNetModel(nn.Module):
             raise ValueError(msg)
         architecture(backbone)  # before anything is loaded
         last = f"blocks.{describe_vit(transformer)[0] - 1}"
+        self.backbone = backbone  # which Anomalib Studio shows
         self.score_from = score_from
         self.noise = LocalGaussianNoise(noise)
         self.teacher = Teacher(backbone, pre_trained=pre_trained, weights=weights)

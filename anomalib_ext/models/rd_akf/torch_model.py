@@ -49,6 +49,7 @@ class RdAkfModel(nn.Module):
         architecture(backbone)  # before anything is loaded
         if input_size is not None:
             check_size(*input_size)
+        self.backbone = backbone  # which Anomalib Studio shows
         self.teacher = Teacher(backbone, pre_trained=pre_trained, weights=weights)
         self.fusion = AsymptoticFusion(self.teacher.channels, input_size, weighting)
         self.student = Student(backbone, self.teacher.channels[-1])

@@ -223,6 +223,7 @@ class SaCfaPatchCoreModel(DynamicBufferMixin, nn.Module):
             raise ValueError(msg)
         self.num_neighbors = num_neighbors
         self.tiler: Tiler | None = None
+        self.backbone = backbone  # which Anomalib Studio shows
         self.embedding = PatchEmbedding(backbone, layers, **kwargs)
         self.embedding_store: list[torch.Tensor] = []
         self.is_selected = True

@@ -21,6 +21,7 @@ from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from safetensors import safe_open
 from torchvision.transforms.v2 import Resize
+from torchvision.transforms.v2.functional import resize
 
 from anomalib_ext import export
 from anomalib_ext.models import ContinualPatchCore
@@ -296,6 +297,14 @@ def test_other_sizes(small: ContinualPatchCore, images: torch.Tensor, make_engin
     assert not (tmp_path / "none" / "weights" / "openvino").exists()
 
 
+def test_images_of_any_size(small: ContinualPatchCore, images: torch.Tensor, make_engine: Make, tmp_path: Path) -> None:
+    """Without a given size, an image of any is resized as the pre-processor does when it learns."""
+    path = make_engine().export(small, "openvino", export_root=tmp_path)
+    larger = torch.nn.functional.interpolate(images, size=(200, 150)) * torch.rand(200, 150)
+    seen = resize(larger, [64, 64], antialias=True)
+    assert_same(run(path, larger, EXACT), judged(small, seen))
+
+
 def test_a_failed_export_leaves_the_old_bundle(
     small: ContinualPatchCore,
     make_engine: Make,
@@ -442,7 +451,7 @@ def test_model_api(
     tmp_path: Path,
 ) -> None:
     """Intel's ModelAPI, in its own environment since it wants another OpenCV, decides alike."""
-    path = make_engine().export(two, ExportType.OPENVINO, export_root=tmp_path)
+    path = make_engine().export(two, ExportType.OPENVINO, export_root=tmp_path, input_size=(64, 64))
     script = """
 import json, sys
 import cv2, numpy as np

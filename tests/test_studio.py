@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anomalib Studio's way with a model: trained, exported and asked as its backend does, with nothing of ours imported.
+
+The steps and their arguments are those of Studio's training and model services, for version 2.7 of Anomalib.
+"""
+
+import base64
+import io
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import yaml
+from anomalib.data import Folder
+from anomalib.data.utils import ValSplitMode
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer
+from anomalib.engine import Engine
+from anomalib.loggers import AnomalibTensorBoardLogger
+from anomalib.metrics import AUROC, Evaluator, F1Score
+from anomalib.models import get_model, list_models
+from anomalib.utils.path import convert_to_snake_case
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from openvino.properties import hint
+from PIL import Image
+
+from anomalib_ext.models import RdAkf
+from anomalib_ext.models.components import backbone
+
+METADATA = Path(__file__).parents[1] / "configs" / "studio" / "model_metadata.yaml"
+FAMILIES = {
+    *("memory_bank", "distribution", "reconstruction", "student_teacher"),
+    *("gan_based", "transformer", "foundation", "other"),
+}
+
+
+class Progress(Callback):
+    """What Studio's progress bar and its button to cancel read and set."""
+
+    def __init__(self) -> None:
+        self.progress: list[float] = []
+        self.cancelled = False
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:  # noqa: ANN401
+        """Tell how much is done, and stop if that is wanted."""
+        done, epochs = args[-1] + 1, trainer.max_epochs
+        assert epochs is not None
+        assert epochs > 0
+        self.progress.append((trainer.current_epoch + done / trainer.num_training_batches) / epochs)
+        trainer.should_stop |= self.cancelled
+
+
+def train(name: str, images: Path, root: Path, epochs: int) -> tuple[LightningModule, Engine, Path, Progress]:
+    """Train and export, given no more than the name."""
+    data = Folder(
+        name=f"project-{name}",
+        normal_dir=str(images),
+        val_split_mode=ValSplitMode.SYNTHETIC,
+        train_batch_size=4,
+        eval_batch_size=4,
+        num_workers=0,  # Studio's 8 take longer for so few images
+    )
+    evaluator = Evaluator(
+        val_metrics=[AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False)],
+        test_metrics=[
+            AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+            F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
+            AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+            F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+        ],
+    )
+    model = get_model(model=name, evaluator=evaluator)
+    progress = Progress()
+    engine = Engine(
+        default_root_dir=str(root / "model"),
+        logger=[AnomalibTensorBoardLogger(save_dir=str(root / "logs"), name=f"project-{name}")],
+        devices=1,
+        max_epochs=epochs,
+        callbacks=[progress, EarlyStopping(monitor="pixel_AUROC", mode="max", patience=5)],
+        accelerator="cpu",
+    )
+    engine.fit(model=model, datamodule=data)
+    path = engine.export(model=model, export_type=ExportType.OPENVINO, export_root=str(root / "model"))
+    return model, engine, path, progress
+
+
+def find_checkpoint(name: str, root: Path) -> Path:
+    """Look for a model's checkpoint: in the folder of its name in title case, then in that of the export."""
+    path = root / "model" / name.title() / f"project-{name}" / "latest" / "weights" / "lightning" / "model.ckpt"
+    return path if path.exists() else root / "model" / "weights" / "lightning" / "model.ckpt"
+
+
+def export(name: str, checkpoint: Path, images: Path, root: Path, compression: CompressionType) -> Path:
+    """Export a checkpoint into a model made anew from the name."""
+    data = Folder(name="export-datamodule", normal_dir=str(images), num_workers=0)
+    data.setup()
+    return Engine().export(
+        model=get_model(name),
+        export_type=ExportType.OPENVINO,
+        export_root=root / compression.value,
+        ckpt_path=str(checkpoint),
+        compression_type=compression,
+        datamodule=data,
+    )
+
+
+def judge(path: Path, content: bytes) -> dict[str, Any]:
+    """Judge an uploaded file, and make the heat map that the page shows."""
+    inferencer = OpenVINOInferencer(
+        path=path, device="CPU", config={hint.performance_mode: hint.PerformanceMode.LATENCY}
+    )
+    result = inferencer.predict(cv2.imdecode(np.frombuffer(content, np.uint8), -1))
+    alpha = (result.anomaly_map.squeeze() * 255).astype(np.uint8)
+    heat_map = cv2.cvtColor(cv2.applyColorMap(alpha, cv2.COLORMAP_JET), cv2.COLOR_BGR2RGBA)
+    heat_map[:, :, 3] = alpha
+    file = io.BytesIO()
+    Image.fromarray(heat_map).save(file, format="PNG")
+    return {
+        "anomaly_map": base64.b64encode(file.getvalue()).decode(),
+        "label": "Anomalous" if result.pred_label.item() else "Normal",
+        "score": float(result.pred_score.item()),
+    }
+
+
+def in_a_thread(function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+    """Call a function where Studio calls it."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(function, *args).result()
+
+
+@pytest.fixture
+def uploads(products: Path, tmp_path: Path) -> Path:
+    """Return a folder of eight good images, and a good and a bad one beside it.
+
+    They are gray, for Studio judges the blue of an upload as red and the red as blue.
+    """
+    for kind, files in {
+        "normal": sorted((products / "stripes/train/good").iterdir())[:8],
+        "test": [products / "stripes/test/good/000.png", products / "stripes/test/hole/000.png"],
+    }.items():
+        (tmp_path / kind).mkdir()
+        for file in files:
+            with Image.open(file) as image:
+                image.convert("L").convert("RGB").resize((96, 80)).save(
+                    tmp_path / kind / f"{file.parent.name}{file.name}"
+                )
+    return tmp_path
+
+
+@pytest.fixture
+def small_rd_akf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have RdAkf by its name alone be small, with a backbone from a hub that has random weights."""
+    first, *others = RdAkf.__init__.__defaults__
+    assert first == "wide_resnet50_2"
+    monkeypatch.setattr(RdAkf.__init__, "__defaults__", ("resnet18", *others))
+    monkeypatch.setattr(
+        backbone,
+        "_download",
+        lambda name, _, indices: backbone._create(name, indices, timm.create_model(name).state_dict()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "compression"),
+    [("continual_patch_core", CompressionType.INT8_PTQ), ("rd_akf", CompressionType.FP16)],
+)
+@pytest.mark.usefixtures("small_rd_akf")
+def test_sequence(name: str, compression: CompressionType, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of this name is trained, exported and asked, and exported again, compressed, from its checkpoint."""
+    monkeypatch.chdir(uploads)
+    assert name in list_models("snake")
+    model, engine, path, progress = in_a_thread(train, name, uploads / "normal", uploads, 1)
+    assert progress.progress == sorted(progress.progress)
+    assert progress.progress[-1] == pytest.approx(1)
+    assert "pixel_AUROC" in engine.trainer.callback_metrics
+    assert list((uploads / "logs").rglob("events.out.tfevents.*"))
+    assert isinstance(model.model.backbone, str)
+    thresholds = [getattr(each, "normalized_pixel_threshold", None) for each in engine.trainer.callbacks]
+    assert next(each for each in thresholds if each).item() == pytest.approx(0.5)
+
+    checkpoint = find_checkpoint(name, uploads)
+    if not checkpoint.exists():  # for a name of several words, Studio asks for a folder that Anomalib does not make
+        checkpoint.parent.mkdir(parents=True)
+        written = uploads / "model" / type(model).__name__ / f"project-{name}" / "latest/weights/lightning/model.ckpt"
+        shutil.copy(written, checkpoint)
+    compressed = in_a_thread(export, name, checkpoint, uploads / "normal", uploads, compression)
+
+    for exported in (path, compressed):
+        answers = {file.stem[:4]: judge(exported, file.read_bytes()) for file in (uploads / "test").iterdir()}
+        for answer in answers.values():
+            with Image.open(io.BytesIO(base64.b64decode(answer["anomaly_map"]))) as heat_map:
+                assert (heat_map.mode, heat_map.size) == ("RGBA", (256, 256))
+            assert answer["label"] == ("Anomalous" if answer["score"] > 0.5 else "Normal")
+        if name == "continual_patch_core":  # an epoch does not teach the other much
+            assert {kind: answer["label"] for kind, answer in answers.items()} == {
+                "good": "Normal",
+                "hole": "Anomalous",
+            }
+
+
+def test_metadata() -> None:
+    """Every model of this package has an entry that Studio's loader accepts."""
+    entries = yaml.safe_load(METADATA.read_text(encoding="utf-8"))
+    names = {entry.name for entry in entry_points(group="anomalib.models") if entry.dist.name == "anomalib-ext"}
+    assert {entry["id"] for entry in entries} == {convert_to_snake_case(name) for name in names} <= list_models("snake")
+    for entry in entries:
+        kinds = {key: type(value) for key, value in entry.items()}
+        assert kinds.pop("parameters") in {int, float}
+        assert kinds == {
+            **dict.fromkeys(("id", "name", "description", "license", "docs_url"), str),
+            **dict.fromkeys(("recommended", "supported"), bool),
+            "family": list,
+        }
+        assert set(entry["family"]) <= FAMILIES
+        assert entry["license"] in {"Apache-2.0", "MIT", "CC-BY-4.0", "CC-BY-NC-4.0"}
