@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 GOOD, ANOMALOUS = "#2f6fab", "#d1495b"
@@ -30,9 +31,9 @@ _STYLE = mpl.rc_context({
 
 def colors(names: Sequence[str]) -> dict[str, str]:
     """A color for each name."""
-    palette = mpl.color_sequences["tab10"]
+    palette = list(mpl.color_sequences["tab10"])
     if len(names) > len(palette):
-        palette = mpl.colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))
+        palette = list(mpl.colormaps["turbo"](np.linspace(0.05, 0.95, len(names))))
     return {name: to_hex(color) for name, color in zip(names, palette, strict=False)}
 
 
@@ -110,10 +111,10 @@ def histogram(good: Sequence[float], anomalous: Sequence[float], threshold: floa
     axes = figure.add_subplot(xlabel="score", ylabel="images")
     values = [*good, *anomalous, *([] if threshold is None else [threshold])]
     low, high = min([0.0, *values]), max([1.0, *values])
-    bins = np.linspace(low, high, 31)
+    bins = np.linspace(low, high, 31).tolist()
     for scores, color, name in ((good, GOOD, "good"), (anomalous, ANOMALOUS, "anomalous")):
         axes.hist(scores, bins, color=color, alpha=0.65, label=name)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2)
     return figure

@@ -143,7 +143,7 @@ class JudgedImages(ImageVisualizer):
         self,
         trainer: Trainer,
         pl_module: AnomalibModule,
-        outputs: ImageBatch,
+        outputs: ImageBatch,  # type: ignore[override]  # as in Anomalib's class
         batch: ImageBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -152,8 +152,9 @@ class JudgedImages(ImageVisualizer):
         if self.output_dir is not None:
             super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         threshold = getattr(pl_module.post_processor, "normalized_image_threshold", None)
+        item: Any
         for item in batch:
-            row = {
+            row: Row = {
                 "image_path": item.image_path,
                 "gt_label": int(item.gt_label),
                 "pred_score": float(item.pred_score),
