@@ -13,7 +13,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="lightning")
     try:
-        from anomalib_ext.benchmark import benchmark
+        from anomalib_ext.benchmark import benchmark, compare
         from anomalib_ext.finetune import finetune
         from anomalib_ext.stream import learn_stream
     except ImportError as error:
@@ -21,4 +21,7 @@ def main() -> None:
         raise SystemExit(msg) from error
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    auto_cli({"stream": learn_stream, "finetune": finetune, "benchmark": benchmark}, as_positional=False)
+    auto_cli(
+        {"stream": learn_stream, "finetune": finetune, "benchmark": benchmark, "compare": compare},
+        as_positional=False,
+    )

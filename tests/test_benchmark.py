@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anomalib_ext.benchmark import benchmark, pipeline
+from anomalib_ext.benchmark import benchmark, compare, pipeline
 from anomalib_ext.benchmark.learners import Cadic, Reservoir
 from anomalib_ext.benchmark.report import METRICS, Row, write_report
 from anomalib_ext.benchmark.tasks import DRIFTS
 from anomalib_ext.data import MultiCategory
 
+PUBLISHED = Path(__file__).parents[1] / "configs" / "benchmark" / "published.csv"
 PRODUCTS = ("stripes", "dots", "checks")
 LEARNERS = {
     "continual_patchcore": [300],
@@ -242,6 +244,36 @@ def test_without_masks(whole: Path, tmp_path: Path) -> None:
     write_report([replace(row, pixel_AUROC=nan, pixel_AUPRO=nan) for row in _rows(whole)], tmp_path)
     assert not list(tmp_path.glob("products_pixel*"))
     assert (tmp_path / "products_image_AUROC.png").exists()
+
+
+def test_results_of_the_pipeline_beside_published_ones(tmp_path: Path) -> None:
+    """Means over what was measured, and the figures of that data set alone."""
+    (tmp_path / "results.csv").write_text(
+        "model.class_path,data.class_path,data.init_args.category,image_AUROC,pixel_AUROC\n"
+        "RdAkf,anomalib.data.MVTecAD,bottle,0.99,0.98\n"
+        "RdAkf,anomalib.data.MVTecAD,pill,0.97,0.96\n"
+        "Patchcore,anomalib.data.MVTecAD,bottle,1.0,0.95\n"
+    )
+    text = compare([tmp_path / "results.csv"], PUBLISHED)
+    assert "| MVTecAD | RdAkf | measured, 2 categories | 98.0 | 97.0 |  |  |" in text
+    assert "| MVTecAD | Patchcore | measured, 1 categories | 100.0 | 95.0 |  |  |" in text
+    assert "| MVTecAD | RdAkf | one class, wide_resnet50_2 | 99.0 | 97.9 | 94.8 | RD-AKF, table of results |" in text
+    assert "Visa" not in text
+    with pytest.raises(ValueError, match=r"published\.csv: no results of `anomalib benchmark`, for they lack model"):
+        compare([PUBLISHED], PUBLISHED)
+
+
+@pytest.mark.parametrize("name", ["mvtec_ad", "visa", "folder"])
+def test_configs_of_the_pipeline(name: str) -> None:
+    """Anomalib's pipeline finds every model and the data by the names in the file."""
+    import anomalib.models
+    from anomalib import data
+
+    config = yaml.safe_load((PUBLISHED.parent / f"{name}.yaml").read_text())["benchmark"]
+    models = config["model"]["class_path"]["grid"]
+    assert {"ContinualPatchCore", "SaCfaPatchCore", "RdAkf", "HetNet", "Crr"} < set(models)
+    assert set(models) <= set(anomalib.models.__all__)
+    assert config["data"]["class_path"] in data.__all__
 
 
 def test_command(tmp_path: Path) -> None:

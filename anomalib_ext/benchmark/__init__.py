@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continual benchmark: learners side by side on streams of products, see :func:`benchmark`."""
+"""Learners side by side on streams of products, and measured accuracy beside published figures."""
 
 from .pipeline import benchmark
+from .published import compare
 
-__all__ = ["benchmark"]
+__all__ = ["benchmark", "compare"]

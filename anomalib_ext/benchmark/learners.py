@@ -299,7 +299,7 @@ class _OtherNearest:
             # All that had the replaced vector as nearest must search anew; all others need to look at the new one.
             members = np.flatnonzero(self.neighbors == place)
             members = members[members != place]
-            lost = np.flatnonzero(index == place)
+            lost = np.flatnonzero((index == place) & (distances >= 0))
             queries = np.concatenate([patches[best : best + 1], self.vectors[members], patches[lost]])
             table = queries @ self.vectors.T
             table *= -2
@@ -318,7 +318,7 @@ class _OtherNearest:
             closer = to_new < distances
             distances[closer], index[closer] = to_new[closer], place
             distances[lost], index[lost] = gaps[1 + len(members) :], found[1 + len(members) :]
-            distances[best] = -1  # is in the bank
+            distances[best] = -1  # was taken
 
 
 class MHPatchcoreLearner(Learner):
