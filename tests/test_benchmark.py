@@ -254,13 +254,13 @@ def test_results_of_the_pipeline_beside_published_ones(tmp_path: Path) -> None:
         "RdAkf,anomalib.data.MVTecAD,pill,0.97,0.96\n"
         "Patchcore,anomalib.data.MVTecAD,bottle,1.0,0.95\n"
     )
-    text = compare([tmp_path / "results.csv"], PUBLISHED)
-    assert "| MVTecAD | RdAkf | measured, 2 categories | 98.0 | 97.0 |  |  |" in text
-    assert "| MVTecAD | Patchcore | measured, 1 categories | 100.0 | 95.0 |  |  |" in text
+    text = compare(tmp_path, PUBLISHED)
+    assert "| MVTecAD | RdAkf | measured, categories: 2 | 98.0 | 97.0 |  |  |" in text
+    assert "| MVTecAD | Patchcore | measured, categories: 1 | 100.0 | 95.0 |  |  |" in text
     assert "| MVTecAD | RdAkf | one class, wide_resnet50_2 | 99.0 | 97.9 | 94.8 | RD-AKF, table of results |" in text
     assert "Visa" not in text
-    with pytest.raises(ValueError, match=r"published\.csv: no results of `anomalib benchmark`, for they lack model"):
-        compare([PUBLISHED], PUBLISHED)
+    with pytest.raises(FileNotFoundError, match=r"There is no results\.csv in .* Run `anomalib benchmark` first"):
+        compare(PUBLISHED.parent, PUBLISHED)
 
 
 @pytest.mark.parametrize("name", ["mvtec_ad", "visa", "folder"])

@@ -7,10 +7,10 @@ import io
 import json
 import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,38 +106,27 @@ def benchmark(
     console.print(f"{images} images of {len(tasks)} products embedded in {time.perf_counter() - start:.0f} s")
 
     results = Results(Path(results_dir), _settings(model, tasks, seed, pixel_stride))
-    runs = [
-        (name, size, partial(LEARNERS[name], size, seed, **_own(name, model)))
-        for name, sizes in learners.items()
-        for size in sizes
-    ]
-    steps = [(product, kind) for product, kinds in drifts.items() for kind in kinds]
-    streams: Iterator[Stream] = (
-        stream
-        for group in (
-            product_streams(tasks, orders, seed),
-            [mixed_stream(tasks, seed)] if mixed else [],
-            (drift_stream(model, data.datamodules[product], product, kind, seed) for product, kind in steps),
-        )
-        for stream in group
+    drifting = (
+        drift_stream(model, data.datamodules[product], product, kind, seed)
+        for product, kinds in drifts.items()
+        for kind in kinds
     )
-    for stream in streams:
-        for name, size, make in runs:
-            learner = make()
-            if stream.name != "mixed" or not learner.needs_tasks:
-                for row in _run(stream, learner, f"{name}-{size}", results):
-                    console.print(row, soft_wrap=True)
+    for stream in chain(product_streams(tasks, orders, seed), [mixed_stream(tasks, seed)] if mixed else [], drifting):
+        for name, sizes in learners.items():
+            own = {"model": model.model} if name == "continual_patchcore" else {}
+            for size in sizes:
+                learner = LEARNERS[name](size, seed, **own)
+                if stream.name == "mixed" and learner.needs_tasks:
+                    continue
+                for line in _run(stream, learner, f"{name}-{size}", results):
+                    console.print(line, soft_wrap=True)
     for product, task in zip(data.datamodules, tasks, strict=True):
         paths = list(data.datamodules[product].train_data.samples.image_path)
-        for row in _few_shot(model, task, paths, shots or [], results):
-            console.print(row, soft_wrap=True)
+        for line in _few_shot(model, task, paths, shots or [], results):
+            console.print(line, soft_wrap=True)
     write_report(results.rows, Path(results_dir))
     console.print(f"results.csv, report.md and plots are in {results_dir}")
     return results.rows
-
-
-def _own(name: str, model: ContinualPatchCore) -> dict[str, Any]:
-    return {"model": model.model} if name == "continual_patchcore" else {}
 
 
 def _settings(model: ContinualPatchCore, tasks: Sequence[Task], seed: int, pixel_stride: int) -> dict[str, Any]:

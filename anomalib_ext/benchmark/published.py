@@ -10,33 +10,35 @@ from .report import table
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
 
-def compare(results: list[Path], published: Path | str = "configs/benchmark/published.csv") -> str:
+def compare(
+    results: Path | str = "runs/benchmark",
+    published: Path | str = "configs/benchmark/published.csv",
+) -> str:
     """Print, in Markdown, the results of ``anomalib benchmark`` beside published figures.
 
     Measured values are means over the categories that were run, of which the table gives the number; published ones are
     means over all categories of a data set, in percent as there.
 
     Args:
-        results: The files ``runs/benchmark/<date>/results.csv`` of one or several runs.
+        results: Folder into which the pipeline has written, with one or several runs in it.
         published: CSV file with the columns ``dataset``, ``model``, ``setting``, the metrics, and ``source``.
 
     Returns:
         The table.
 
     Raises:
-        ValueError: If a file is no result of the pipeline.
+        FileNotFoundError: If there is no result of the pipeline.
     """
-    measured = pd.concat([pd.read_csv(path) for path in results], ignore_index=True)
-    needed = ["model.class_path", "data.class_path", "image_AUROC"]
-    missing = [column for column in needed if column not in measured]
-    if missing:
-        msg = f"{', '.join(map(str, results))}: no results of `anomalib benchmark`, for they lack {', '.join(missing)}."
-        raise ValueError(msg)
+    paths = sorted(Path(results).glob("**/results.csv"))
+    if not paths:
+        msg = f"There is no results.csv in {results}. Run `anomalib benchmark` first, or name the folder it wrote into."
+        raise FileNotFoundError(msg)
+    measured = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
     kinds = {column: measured[f"{column}.class_path"].str.rsplit(".", n=1).str[-1] for column in ("data", "model")}
     lines = []
     for (dataset, model), rows in measured.groupby([kinds["data"], kinds["model"]], sort=False):
         values = [f"{100 * rows[metric].mean():.1f}" if metric in rows else "" for metric in METRICS]
-        lines.append([dataset, model, f"measured, {len(rows)} categories", *values, ""])
+        lines.append([dataset, model, f"measured, categories: {len(rows)}", *values, ""])
     reference = pd.read_csv(published, dtype=str, keep_default_na=False)
     reference = reference[reference.dataset.isin(kinds["data"])]
     lines += reference[["dataset", "model", "setting", *METRICS, "source"]].to_numpy().tolist()

@@ -33,6 +33,12 @@ METRICS = {
 }
 
 
+FEW_SHOT = (
+    "Each product alone, from its first images. ContinualPatchCore sets its thresholds without a validation set, "
+    "PatchCore by validation images."
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """How a learner judges a task after a step of a stream.
@@ -86,7 +92,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
     for stream in dict.fromkeys(row.stream for row in rows):
         own = [row for row in rows if row.stream == stream]
         if stream == "few-shot":
-            text += ["## Few images\n", *_few_shot_tables(own)]
+            text += [f"## Few images\n\n{FEW_SHOT}\n", *_few_shot_tables(own)]
             plots["few_shot"] = _few_shot_plot(own)
             continue
         text.append(f"## {stream}\n")
