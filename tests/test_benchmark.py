@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 from anomalib_ext.benchmark import benchmark, compare, pipeline
 from anomalib_ext.benchmark.learners import Cadic, Reservoir
 from anomalib_ext.benchmark.report import METRICS, Row, write_report
-from anomalib_ext.benchmark.tasks import DRIFTS
+from anomalib_ext.benchmark.tasks import DRIFTS, Images, Task, mixed_stream, product_streams
 from anomalib_ext.data import MultiCategory
 
 PUBLISHED = Path(__file__).parents[1] / "configs" / "benchmark" / "published.csv"
@@ -177,6 +178,47 @@ def test_drift(run: Callable[..., list[Row]], tmp_path: Path) -> None:
     rows = run(tmp_path, learners={"reservoir": [50]}, orders=0, mixed=False, drifts={"dots": ["blur"]})
     assert [row.task for row in rows if row.step == 10] == [f"blur {level}" for level in range(1, 11)]
     assert {row.stream for row in rows} == {"dots, blur"}
+
+
+def _tasks(*counts: int) -> list[Task]:
+    """Tasks whose images say which task and image they are."""
+    nothing = Images(torch.empty(0), torch.empty(0), None, torch.Size([8, 8]))
+    return [
+        Task(f"task {number}", f"task {number}", _numbered(number, count), nothing, nothing, is_split=False)
+        for number, count in enumerate(counts)
+    ]
+
+
+def _numbered(number: int, count: int) -> np.ndarray:
+    return np.stack([np.full(count, number), np.arange(count)], axis=1)[:, None].astype(np.float32)
+
+
+def test_orders() -> None:
+    """As given, in reverse, then shuffled; each step is one product with all its images."""
+    streams = product_streams(_tasks(3, 4, 5), orders=4, seed=0)
+    names = [[task.name for task in stream.tasks] for stream in streams]
+    assert names[0] == names[1][::-1] == ["task 0", "task 1", "task 2"]
+    assert all(sorted(order) == names[0] for order in names)
+    for stream in streams:
+        for known, (step, task) in enumerate(zip(stream.steps, stream.tasks, strict=True), start=1):
+            assert (step.task, step.known) == (task, known)
+            np.testing.assert_array_equal(sorted(image[0, 1] for image in step.images), task.train[:, 0, 1])
+
+
+def test_mixed_stream_has_no_boundaries() -> None:
+    """Every image comes once, neighbors overlap, and nothing says which product an image shows."""
+    tasks = _tasks(20, 30, 10)
+    stream = mixed_stream(tasks, seed=0)
+    images = [tuple(image[0].tolist()) for step in stream.steps for image in step.images]
+    assert sorted(images) == [(number, index) for number, task in enumerate(tasks) for index in range(len(task.train))]
+    products = [product for product, _ in images]
+    assert sum(before != after for before, after in pairwise(products)) > 10
+    assert products.index(0.0) < products.index(1.0) < products.index(2.0)
+    seen: set[float] = set()
+    for step in stream.steps:
+        seen |= {image[0, 0] for image in step.images}
+        assert step.task is None
+        assert seen == set(range(step.known))
 
 
 @pytest.mark.parametrize("kind", DRIFTS)

@@ -172,7 +172,7 @@ def _spread(figures: Sequence[Sequence[float]]) -> list[str]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if np.isfinite(value) else ""
+    return f"{round(float(value), 4) + 0.0:.4f}" if np.isfinite(value) else ""  # no negative zero
 
 
 def _costs(rows: Sequence[Row]) -> str:
