@@ -15,6 +15,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="lightning")
     try:
+        from anomalib_ext.benchmark import benchmark, compare
         from anomalib_ext.finetune import finetune
         from anomalib_ext.report import report
         from anomalib_ext.stream import learn_stream
@@ -29,4 +30,11 @@ def main() -> None:
             kwargs["as_positional"] = function is report  # which has one argument and no configuration
             return super().add_function_arguments(function, *args, **kwargs)
 
-    auto_cli({"stream": learn_stream, "finetune": finetune, "report": report}, parser_class=Parser)
+    commands = {
+        "stream": learn_stream,
+        "report": report,
+        "finetune": finetune,
+        "benchmark": benchmark,
+        "compare": compare,
+    }
+    auto_cli(commands, parser_class=Parser)

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: ways to keep patch embeddings of a stream of products. All see the same embeddings.
+
+Where nothing else is said, an image is scored as by ``ContinualPatchCore``: its largest patch distance to the bank.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.models.image.mh_patchcore.anomaly_map import AnomalyMapGenerator
+from anomalib.models.image.mh_patchcore.torch_model import MHPatchcoreModel
+from torch import nn
+
+from anomalib_ext.models.components.k_center import farthest_first, nearest
+from anomalib_ext.models.components.patchcore import anomaly_maps, search
+from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank, f1_threshold
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from anomalib_ext.models.continual_patchcore.torch_model import ContinualPatchCoreModel
+
+    from .tasks import Images, Task
+
+    Array = NDArray[np.float32]
+    State = tuple[dict[str, NDArray[Any]], dict[str, Any]]
+
+
+class Learner:
+    """A way to learn a stream.
+
+    Args:
+        size: Largest number of vectors in a memory bank.
+        seed: Seed of whatever is random.
+
+    Attributes:
+        title: Name in tables and plots.
+        needs_tasks: Whether it must be told which product an image shows, and so cannot learn a mixed stream.
+        learns_images: Whether it learns image by image, and never holds the patches of more at once.
+        keeps_images: Whether it must keep the images of all earlier steps to learn another.
+        is_shared: Whether what it learns of one task can change how it judges another.
+    """
+
+    title: str
+    needs_tasks = False
+    learns_images = False
+    keeps_images = False
+    is_shared = True
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size = size
+        self.seed = seed
+        self.vectors: Array = np.empty((0, 0), np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what judging needs."""
+        return self.vectors.nbytes
+
+    def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
+        """Take in the images of a step.
+
+        Args:
+            images: Patch embeddings of each, shape ``(n, d)``.
+            seen: Those of all steps so far, these included.
+            task: What they are images of; None in a mixed stream.
+        """
+        raise NotImplementedError
+
+    def bank(self, task: Task) -> Array:  # noqa: ARG002  # only some depend on the task
+        """Vectors in which the patches of a task are looked up, shape ``(m, d)``."""
+        return self.vectors
+
+    def predict(self, images: Images, task: Task) -> InferenceBatch:
+        """Scores and anomaly maps of images of a task."""
+        vectors = torch.from_numpy(self.bank(task))
+        scores, _ = search(images.patches.flatten(1, 2), vectors, vectors.square().sum(dim=1))
+        maps = anomaly_maps(scores.unflatten(1, images.patches.shape[1:3])[:, None], images.size)
+        return InferenceBatch(pred_score=scores.amax(dim=1), anomaly_map=maps)
+
+    def decide(self, test: InferenceBatch, validation: InferenceBatch, task: Task) -> torch.Tensor:  # noqa: PLR6301
+        """Which test images are called anomalous: by the threshold that is best on the task's validation images."""
+        assert validation.pred_score is not None
+        assert test.pred_score is not None
+        return test.pred_score > f1_threshold(validation.pred_score.numpy(), task.validation.labels.numpy())
+
+    def state(self) -> State:
+        """What the next step depends on, as arrays and as plain data."""
+        return {"vectors": self.vectors}, {}
+
+    def load(self, state: State) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.vectors = state[0]["vectors"]
+
+
+class ContinualPatchCoreLearner(Learner):
+    """``ContinualPatchCore``, which judges each image by the threshold of the variant that it finds."""
+
+    title = "ContinualPatchCore"
+    learns_images = True
+
+    def __init__(self, size: int, seed: int, model: ContinualPatchCoreModel) -> None:
+        super().__init__(size, seed)
+        self.memory = MemoryBank(size)
+        self._model = model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bank, with what renews the thresholds."""
+        return self.memory.nbytes
+
+    def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
+        """Learn, and let the validation images set the thresholds, as a fit does."""
+        del seen
+        for image in images:
+            self.memory.learn(image, task.variant if task else None)
+        self.memory.commit()
+        if task is None:
+            return
+        patches = task.validation.patches.flatten(1, 2).numpy()
+        kept = [
+            self.memory.calibration_patches(task.variant, image, nearest(image, self.memory.vectors)[0])
+            for image in patches
+        ]
+        self.memory.calibrate(task.variant, np.stack(kept), task.validation.labels.numpy())
+
+    def predict(self, images: Images, task: Task) -> Any:  # noqa: ANN401  # with variant
+        """As the model does."""
+        del task
+        self._model.bank = self.memory
+        self._model.refresh()
+        return self._model.judge(images.patches, *self._model.search(images.patches), images.size)
+
+    def decide(self, test: Any, validation: InferenceBatch, task: Task) -> torch.Tensor:  # noqa: ANN401  # with variant
+        """By the threshold of the variant that each image is found to be of."""
+        del validation, task
+        thresholds = torch.tensor([self.memory.thresholds(name)["image"][0] for name in self.memory.variants])
+        return test.pred_score > thresholds[test.variant]
+
+    def state(self) -> State:
+        """The bank."""
+        return self.memory.to_arrays()
+
+    def load(self, state: State) -> None:
+        """Go on with a bank."""
+        self.memory = MemoryBank.from_arrays(*state)
+
+
+class Joint(Learner):
+    """PatchCore learned anew on all images so far: farthest-first over all their patches."""
+
+    title = "PatchCore, joint"
+    keeps_images = True
+
+    def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
+        """Select anew."""
+        del images, task
+        self.vectors = _farthest_first(seen, self.size)
+
+
+class LastProduct(Learner):
+    """PatchCore learned anew on the images of the last step only."""
+
+    title = "PatchCore, last product"
+
+    def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
+        """Select anew."""
+        del seen, task
+        self.vectors = _farthest_first(images, self.size)
+
+
+class PerProduct(Learner):
+    """A PatchCore of each product, and someone who says which product an image shows."""
+
+    title = "PatchCore, per product"
+    needs_tasks = True
+    is_shared = False
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        super().__init__(size, seed)
+        self.banks: dict[str, Array] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all banks."""
+        return sum(bank.nbytes for bank in self.banks.values())
+
+    def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
+        """Select a bank of its own."""
+        del seen
+        assert task is not None
+        self.banks = {**self.banks, task.name: _farthest_first(images, self.size)}
+
+    def bank(self, task: Task) -> Array:
+        """The bank of the task."""
+        return self.banks[task.name]
+
+    def state(self) -> State:
+        """All banks."""
+        return {f"bank.{name}": bank for name, bank in self.banks.items()}, {}
+
+    def load(self, state: State) -> None:
+        """Go on with these banks."""
+        self.banks = {name.removeprefix("bank."): bank for name, bank in state[0].items()}
+
+
+class Reservoir(Learner):
+    """A bank that is at any time a random sample of all patches so far (Vitter 1985, algorithm R)."""
+
+    title = "reservoir"
+    learns_images = True
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        super().__init__(size, seed)
+        self.count = 0  # of patches so far
+
+    def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
+        """Let each patch take a random place, if there is one for it."""
+        del seen, task
+        rng = np.random.default_rng([self.seed, self.count])
+        for image in images:
+            free = min(self.size - len(self.vectors), len(image))
+            if free:
+                self.vectors = np.concatenate([self.vectors.reshape(-1, image.shape[1]), image[:free]])
+            order = np.arange(self.count + free, self.count + len(image))
+            places = rng.integers(0, order + 1)
+            taken = places < self.size
+            self.vectors[places[taken]] = image[free:][taken]  # of several for one place the last stays
+            self.count += len(image)
+
+    def state(self) -> State:
+        """The bank, and how many patches it stands for."""
+        return {"vectors": self.vectors}, {"count": self.count}
+
+    def load(self, state: State) -> None:
+        """Go on from there."""
+        super().load(state)
+        self.count = state[1]["count"]
+
+
+class Cadic(Learner):
+    """The replacement rule of CADIC (arXiv 2511.08634), image by image.
+
+    The first patches fill the bank. From then on the patch farthest from the bank replaces one of the bank's closest
+    pair, as long as it is farther from the bank than these are from each other. The size of a batch is not stated
+    there; here it is an image. Backbone and score are the ones of all learners here, not CADIC's.
+    """
+
+    title = "CADIC rule"
+    learns_images = True
+
+    def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
+        """Replace vectors."""
+        del seen, task
+        full = len(self.vectors) == self.size
+        pairs = _OtherNearest(self.vectors) if full else None
+        for image in images:
+            rest = image
+            if pairs is None:
+                free = self.size - len(self.vectors)
+                self.vectors = np.concatenate([self.vectors.reshape(-1, image.shape[1]), image[:free]])
+                rest = image[free:]
+                if len(self.vectors) < self.size:
+                    continue
+                pairs = _OtherNearest(self.vectors)
+            if len(rest):
+                pairs.replace_by(rest)
+
+
+class _OtherNearest:
+    """Keeps for each vector of a bank the nearest other one, while vectors are replaced in place."""
+
+    def __init__(self, vectors: Array) -> None:
+        import faiss
+
+        self.vectors = vectors
+        self.squares = np.einsum("ij,ij->i", vectors, vectors)
+        self.neighbors = faiss.knn(vectors, vectors, 2)[1]
+        own = self.neighbors[:, 0] == np.arange(len(vectors))
+        self.neighbors = np.where(own, self.neighbors[:, 1], self.neighbors[:, 0])  # the other, even of two alike
+        self.gaps = np.linalg.norm(vectors - vectors[self.neighbors], axis=1)
+
+    def replace_by(self, patches: Array) -> None:
+        """Let patches of shape ``(n, d)`` in by CADIC's rule."""
+        distances, index = nearest(patches, self.vectors)
+        while True:
+            best, place = int(distances.argmax()), int(self.gaps.argmin())
+            if distances[best] <= self.gaps[place]:
+                return
+            place = min(place, int(self.neighbors[place]))  # which of the pair goes is not stated
+            self.vectors[place] = patches[best]
+            self.squares[place] = patches[best] @ patches[best]
+            # All that had the replaced vector as nearest must search anew; all others need to look at the new one.
+            members = np.flatnonzero(self.neighbors == place)
+            members = members[members != place]
+            lost = np.flatnonzero((index == place) & (distances >= 0))
+            queries = np.concatenate([patches[best : best + 1], self.vectors[members], patches[lost]])
+            table = queries @ self.vectors.T
+            table *= -2
+            table += self.squares
+            table += np.einsum("ij,ij->i", queries, queries)[:, None]
+            table[np.arange(1 + len(members)), np.concatenate([[place], members])] = np.inf
+            found = table.argmin(axis=1)
+            gaps = np.sqrt(np.maximum(table[np.arange(len(table)), found], 0))
+            new = np.sqrt(np.maximum(table[0], 0))
+            nearer = new < self.gaps
+            self.gaps[nearer], self.neighbors[nearer] = new[nearer], place
+            own = slice(0, 1 + len(members))
+            changed = np.concatenate([[place], members])
+            self.gaps[changed], self.neighbors[changed] = gaps[own], found[own]
+            to_new = np.linalg.norm(patches - patches[best], axis=1)
+            closer = to_new < distances
+            distances[closer], index[closer] = to_new[closer], place
+            distances[lost], index[lost] = gaps[1 + len(members) :], found[1 + len(members) :]
+            distances[best] = -1  # was taken
+
+
+class MHPatchcoreLearner(Learner):
+    """Anomalib's ``MHPatchcore``, fitted anew on all images so far, for once fitted it cannot learn.
+
+    It gets the embeddings of all learners here in place of its own; PCA, whitening, bank and scores are its own.
+    """
+
+    title = "MHPatchcore, refitted"
+    keeps_images = True
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        super().__init__(size, seed)
+        self.model = _MHPatchcoreOnEmbeddings(size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of projection, whitening and bank."""
+        return sum(buffer.nbytes for part in self._parts for buffer in part.buffers())
+
+    @property
+    def _parts(self) -> list[nn.Module]:
+        return [self.model.pca, self.model.covariance, self.model.memory_bank]
+
+    def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
+        """Fit in three passes over batches of 32 images, as Anomalib does."""
+        del images, task
+        self.model = _MHPatchcoreOnEmbeddings(self.size)
+        order = np.random.default_rng(self.seed).permutation(len(seen))
+        batches = [order[start : start + 32] for start in range(0, len(order), 32)]
+        passes: list[nn.Module] = []
+        for part in self._parts:
+            for batch in batches:
+                patches = torch.from_numpy(np.concatenate([seen[i] for i in batch]))
+                for fitted in passes:
+                    patches = fitted(patches)
+                part.update(patches)  # type: ignore[operator]
+            part.finalize()  # type: ignore[operator]
+            passes.append(part)
+
+    def predict(self, images: Images, task: Task) -> InferenceBatch:
+        """As the model does."""
+        del task
+        self.model.eval()
+        self.model.anomaly_map_generator.image_size = images.size
+        parts = [self.model(patches.permute(0, 3, 1, 2)) for patches in images.patches.split(1)]
+        return InferenceBatch(
+            pred_score=torch.cat([part.pred_score for part in parts]),
+            anomaly_map=torch.cat([part.anomaly_map for part in parts]),
+        )
+
+    def state(self) -> State:  # noqa: PLR6301
+        """Nothing: it begins anew."""
+        return {}, {}
+
+    def load(self, state: State) -> None:
+        """Nothing."""
+
+
+class _MHPatchcoreOnEmbeddings(MHPatchcoreModel):
+    """The model of ``MHPatchcore`` for embeddings of shape ``(B, d, h, w)`` in place of images."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__("resnet10t", ["layer1"], pre_trained=False, memory_bank_size=size)
+        self.feature_extractor = _AsFeatures()
+        self.anomaly_map_generator = _MapsOfImages()
+
+    def generate_embedding(self, features: dict[str | int, torch.Tensor]) -> torch.Tensor:  # noqa: PLR6301
+        """Embeddings of shape ``(B * h * w, d)``."""
+        return features["layer1"].permute(0, 2, 3, 1).flatten(0, 2)
+
+
+class _AsFeatures(nn.Module):
+    def forward(self, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: PLR6301
+        return {"layer1": embeddings}
+
+
+class _MapsOfImages(AnomalyMapGenerator):
+    """Maps of the size of the images, for the model believes that the embeddings are its images."""
+
+    image_size: torch.Size
+
+    def forward(self, patch_scores: torch.Tensor, image_size: torch.Size) -> torch.Tensor:
+        del image_size
+        return super().forward(patch_scores, self.image_size)
+
+
+LEARNERS: dict[str, type[Learner]] = {
+    "continual_patchcore": ContinualPatchCoreLearner,
+    "joint": Joint,
+    "per_product": PerProduct,
+    "last_product": LastProduct,
+    "reservoir": Reservoir,
+    "cadic": Cadic,
+    "mh_patchcore": MHPatchcoreLearner,
+}
+
+
+def _farthest_first(images: Sequence[Array], size: int) -> Array:
+    patches = np.concatenate(images)
+    return patches[farthest_first(patches, size)[0]]
