@@ -30,7 +30,7 @@ def main() -> None:
             kwargs["as_positional"] = function is report  # which has one argument and no configuration
             return super().add_function_arguments(function, *args, **kwargs)
 
-    commands = {
+    commands: dict[str, Any] = {
         "stream": learn_stream,
         "report": report,
         "finetune": finetune,

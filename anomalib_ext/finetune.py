@@ -45,7 +45,7 @@ def finetune(
     data: Path | list[AnomalibDataModule],
     output: Path,
     backbone: str = "wide_resnet50_2",
-    weights: Path | None = None,
+    backbone_weights: Path | None = None,
     optimizer: Literal["sgd", "adamw"] = "sgd",
     learning_rate: float | None = None,
     max_epochs: int = 30,
@@ -57,7 +57,7 @@ def finetune(
     accelerator: str = "auto",
     seed: int = 0,
 ) -> dict[str, float]:
-    """Fine-tune a backbone as a classifier, and write its weights for the argument `weights` of our models.
+    """Fine-tune a backbone as a classifier, and write its weights for the argument `backbone_weights` of our models.
 
     A fifth of the images of each class is held out; the weights with the lowest loss on it are written. Curves of loss
     and accuracy go to TensorBoard, or to a CSV file if TensorBoard is not installed.
@@ -67,7 +67,7 @@ def finetune(
             normal training images are taken.
         output: File to write, `.safetensors`.
         backbone: Name of a timm model.
-        weights: File with the weights to start from; without it they are looked up as the models do.
+        backbone_weights: File with the weights to start from; without it they are looked up as the models do.
         optimizer: The paper's SGD with momentum 0.9, or AdamW.
         learning_rate: 0.01 for SGD, as in the paper, and 0.0001 for AdamW if not given.
         max_epochs: Largest number of epochs.
@@ -95,7 +95,7 @@ def finetune(
     seed_everything(seed, verbose=False)
     train, held_out = _split([(path, classes.index(name)) for path, name in samples])
     model = Classifier(
-        load_classifier(backbone, len(classes), weights),
+        load_classifier(backbone, len(classes), backbone_weights),
         optimizer,
         LEARNING_RATES[optimizer] if learning_rate is None else learning_rate,
         freeze_stem,

@@ -101,12 +101,12 @@ def test_another_architecture_is_refused(tuned: Path, tmp_path: Path) -> None:
     """Even where the tensors would fit, as the file says what it is."""
     path = tuned / "new.safetensors"
     with pytest.raises(ValueError, match=r"backbone 'resnet18': its architecture is test_resnet, .* resnet18\. Give"):
-        SaCfaPatchCore("resnet18", weights=path)
+        SaCfaPatchCore("resnet18", backbone_weights=path)
     other = tmp_path / "other.safetensors"
     metadata = {"architecture": BACKBONE, "normalization": "mean (0, 0, 0), std (1, 1, 1)"}
     save_file(load_file(path), other, metadata)
     with pytest.raises(ValueError, match=r"its normalization is mean \(0, 0, 0\), std \(1, 1, 1\), that of the backb"):
-        load_backbone(BACKBONE, ["layer1"], weights=other)
+        load_backbone(BACKBONE, ["layer1"], backbone_weights=other)
 
 
 def test_datamodules(make_data: Make, start: Path, tmp_path: Path) -> None:

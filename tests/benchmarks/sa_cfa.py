@@ -190,7 +190,7 @@ def _runs(
                 model = SaCfaPatchCoreModel(
                     backbone,
                     layers,
-                    weights=file,
+                    backbone_weights=file,
                     attention_ratio=attention,
                     reduction_ratio=reduction,
                     channel_seed=channel_seed,

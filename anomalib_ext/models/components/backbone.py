@@ -42,7 +42,7 @@ def load_backbone(
     backbone: str,
     layers: Sequence[str],
     pre_trained: bool = True,
-    weights: str | Path | None = None,
+    backbone_weights: str | Path | None = None,
     tokens: bool = False,
 ) -> TimmFeatureExtractor:
     """Build a frozen feature extractor that ends at the last of ``layers``.
@@ -52,8 +52,8 @@ def load_backbone(
         layers: Names of the layers to extract, ``blocks.<index>`` for a vision transformer. The extractor's
             ``layers`` and ``out_dims`` are in the order in which the network computes them.
         pre_trained: Whether to load pretrained weights; otherwise they are random.
-        weights: A ``.safetensors``, ``.pth`` or ``.pt`` file with the backbone's tensors by their timm names, used
-            instead of the places that are searched by default.
+        backbone_weights: A ``.safetensors``, ``.pth`` or ``.pt`` file with the backbone's tensors by their timm names,
+            used instead of the places that are searched by default.
         tokens: Whether a vision transformer gives its tokens as they leave the blocks, ``(B, N, C)``, class token and
             registers first, in place of maps of the normalised patch tokens.
 
@@ -62,12 +62,12 @@ def load_backbone(
 
     Raises:
         ValueError: If the backbone or a layer is unknown, the layers are empty or repeated, the backbone's maps have
-            their channels last, ``weights`` is given without ``pre_trained``, or a weight file is unreadable, lacks a
-            tensor that the extractor needs, or says that it is of another architecture.
+            their channels last, ``backbone_weights`` is given without ``pre_trained``, or a weight file is
+            unreadable, lacks a tensor that the extractor needs, or says that it is of another architecture.
         FileNotFoundError: If the weights are nowhere to be found. The message says how to provide them.
     """
-    if weights is not None and not pre_trained:
-        msg = f"weights={str(weights)!r} is given together with pre_trained=False, which loads no weights."
+    if backbone_weights is not None and not pre_trained:
+        msg = f"backbone_weights='{backbone_weights}' is given together with pre_trained=False, which loads no weights."
         raise ValueError(msg)
     config = _pretrained_config(backbone)
     indices = _layer_indices(backbone, layers)
@@ -83,27 +83,27 @@ def load_backbone(
     # Anomalib takes unknown names for a warning and pairs names with maps in the order given, hence the indices.
     extractor.layers = list(indices)
     if pre_trained:
-        extractor.feature_extractor = _load_pretrained(backbone, config, extractor.idx, weights)
+        extractor.feature_extractor = _load_pretrained(backbone, config, extractor.idx, backbone_weights)
     else:
         _truncate(extractor.feature_extractor, extractor.idx)
     extractor.requires_grad_(requires_grad=False)
     return extractor
 
 
-def load_classifier(backbone: str, num_classes: int, weights: str | Path | None = None) -> nn.Module:
+def load_classifier(backbone: str, num_classes: int, backbone_weights: str | Path | None = None) -> nn.Module:
     """Build a whole timm model with pretrained weights and a new head, all of which can be trained.
 
     Args:
         backbone: A timm model name, with or without a tag.
         num_classes: Number of outputs of the head.
-        weights: As for :func:`load_backbone`.
+        backbone_weights: As for :func:`load_backbone`.
 
     Raises:
         ValueError: If the backbone is unknown, or a weight file is unreadable, lacks a tensor, or says that it is of
             another architecture.
         FileNotFoundError: If the weights are nowhere to be found.
     """
-    model = _load_pretrained(backbone, _pretrained_config(backbone), None, weights)
+    model = _load_pretrained(backbone, _pretrained_config(backbone), None, backbone_weights)
     model.reset_classifier(num_classes)
     return model
 
@@ -214,15 +214,15 @@ def _load_pretrained(
     backbone: str,
     config: PretrainedCfg,
     indices: Sequence[int] | None,
-    weights: str | Path | None,
+    backbone_weights: str | Path | None,
 ) -> nn.Module:
     """Build the timm model with weights from the first source that has them.
 
     With ``indices`` it is a feature extractor as ``TimmFeatureExtractor`` makes it, without them all but the head.
     """
     package = _PACKAGES.get(config.hf_hub_id or "", "")
-    if weights is not None:
-        path, source = Path(weights), f"the file {weights}"
+    if backbone_weights is not None:
+        path, source = Path(backbone_weights), f"the file {backbone_weights}"
         state = _read(path)
         _check_origin(path, backbone)
     elif cached := _cached_file(config):
@@ -356,7 +356,7 @@ def _packaged_file(package: str) -> Path | None:
 def _download(backbone: str, config: PretrainedCfg, indices: Sequence[int] | None) -> nn.Module:
     """Let timm fetch the weights from where it keeps them."""
     if not config.has_weights:
-        msg = f"timm has no pretrained weights for {backbone!r}: give weights=PATH or pre_trained=False."
+        msg = f"timm has no pretrained weights for {backbone!r}: give backbone_weights=PATH or pre_trained=False."
         raise ValueError(msg)
     if constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(_how_to_provide(backbone, config, "HF_HUB_OFFLINE is set"))
@@ -370,9 +370,12 @@ def _how_to_provide(backbone: str, config: PretrainedCfg, reason: str) -> str:
     """Say which file is missing and how to provide it."""
     repository = config.hf_hub_id
     if not repository:
-        return f"The weights of {backbone!r} ({config.url}) cannot be had: {reason}. Give their file as weights=PATH."
+        return (
+            f"The weights of {backbone!r} ({config.url}) cannot be had: {reason}. Give their file as "
+            "backbone_weights=PATH."
+        )
     ways = [
-        "weights=PATH with that file",
+        "backbone_weights=PATH with that file",
         f"`hf download {repository}` on a PC with internet, its cache copied here and HF_HOME set to it",
     ]
     if repository in _PACKAGES:

@@ -42,7 +42,7 @@ class Teacher(nn.Module):
         backbone: Name of a timm model.
         layers: Layers to extract.
         pre_trained: Whether to use pretrained weights.
-        weights: File with the weights, as for :func:`anomalib_ext.models.components.backbone.load_backbone`.
+        backbone_weights: File with the weights, as for :func:`anomalib_ext.models.components.backbone.load_backbone`.
         tokens: Whether a vision transformer gives its tokens, as there.
 
     Attributes:
@@ -54,11 +54,11 @@ class Teacher(nn.Module):
         backbone: str,
         layers: Sequence[str] = LEVELS,
         pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
         tokens: bool = False,
     ) -> None:
         super().__init__()
-        self.extractor = load_backbone(backbone, layers, pre_trained, weights, tokens)
+        self.extractor = load_backbone(backbone, layers, pre_trained, backbone_weights, tokens)
         self.channels: list[int] = list(self.extractor.out_dims)
         self.eval()
 
@@ -301,7 +301,7 @@ class DistillationModule(BundleExport, InspectionModule):
         if "teachers" in checkpoint and checkpoint["teachers"] != self._digest():
             msg = (
                 "The checkpoint holds no teachers, and was made with other weights of theirs than this model has. Make "
-                "the model with the weights that it was trained with (weights=PATH)."
+                "the model with the weights that it was trained with (backbone_weights=PATH)."
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)

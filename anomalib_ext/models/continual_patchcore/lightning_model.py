@@ -50,8 +50,8 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         backbone: Name of a timm CNN or ViT.
         layers: Layers whose features are concatenated.
         pre_trained: Whether to use pretrained weights.
-        weights: File with the backbone's weights; without it they are looked up in the Hugging Face cache, in the
-            package of the extra ``offline``, and on the hub, in this order.
+        backbone_weights: File with the backbone's weights; without it they are looked up in the Hugging Face cache, in
+            the package of the extra ``offline``, and on the hub, in this order.
         memory_size: Largest number of vectors in the memory bank, for all variants together. A checkpoint that is
             loaded brings its own, and its own precision.
         num_neighbors: Neighbors that weigh the image score. With the default of 1 the score is the largest patch
@@ -94,7 +94,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         backbone: str = "tf_efficientnet_lite0",
         layers: Sequence[str] = ("blocks.2", "blocks.4"),
         pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
         memory_size: int = 10_000,
         num_neighbors: int = 1,
         one_shot: bool = True,
@@ -112,7 +112,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             backbone=backbone,
             layers=layers,
             pre_trained=pre_trained,
-            weights=weights,
+            backbone_weights=backbone_weights,
             memory_size=memory_size,
             num_neighbors=num_neighbors,
             precision=precision,

@@ -41,7 +41,7 @@ class ContinualPatchCoreModel(nn.Module):
         backbone: Name of a timm model.
         layers: Names of the layers whose features are concatenated.
         pre_trained: Whether the backbone is pretrained.
-        weights: File with the backbone's weights.
+        backbone_weights: File with the backbone's weights.
         memory_size: Largest number of vectors in the memory bank.
         num_neighbors: Neighbors that weigh the image score; 1 takes the largest patch distance as it is.
         precision: ``float32`` or ``float16``, in which the bank is kept.
@@ -62,7 +62,7 @@ class ContinualPatchCoreModel(nn.Module):
         backbone: str,
         layers: Sequence[str],
         pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
         memory_size: int = 10_000,
         num_neighbors: int = 1,
         precision: str = "float32",
@@ -76,7 +76,7 @@ class ContinualPatchCoreModel(nn.Module):
         self.backbone = backbone
         self.num_neighbors = num_neighbors
         self.tiler: Tiler | None = None
-        self.feature_extractor = load_backbone(backbone, layers, pre_trained, weights).eval()
+        self.feature_extractor = load_backbone(backbone, layers, pre_trained, backbone_weights).eval()
         self.layers = list(self.feature_extractor.layers)
         self.feature_pooler = nn.AvgPool2d(3, 1, 1)
         for name in ("memory_bank", "squares", "owners", "positions"):

@@ -49,7 +49,7 @@ class Crr(DistillationModule, AnomalibModule):
     Args:
         encoder: Name of a plain timm vision transformer, with or without a tag; it is frozen.
         pre_trained: Whether the encoder has pretrained weights.
-        weights: File with the encoder's weights; without it they are looked up in the Hugging Face cache, in
+        backbone_weights: File with the encoder's weights; without it they are looked up in the Hugging Face cache, in
             installed packages and on the hub, in this order.
         stage: ``both`` stages, or one alone: ``repair`` makes a model without a head; ``segment`` begins with what a
             checkpoint brings.
@@ -88,7 +88,7 @@ class Crr(DistillationModule, AnomalibModule):
         self,
         encoder: str = ENCODER,
         pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
         stage: str = "both",
         repair: bool = True,
         repair_steps: int = 10_000,
@@ -115,7 +115,7 @@ class Crr(DistillationModule, AnomalibModule):
         model = CrrModel(
             encoder,
             pre_trained,
-            weights,
+            backbone_weights,
             mask_ratio,
             inference_mask,
             bottleneck_dropout,

@@ -32,7 +32,7 @@ class CrrModel(nn.Module):
     Args:
         encoder: Name of a plain timm vision transformer, with or without a tag.
         pre_trained: Whether the encoder is pretrained.
-        weights: File with the encoder's weights.
+        backbone_weights: File with the encoder's weights.
         mask_ratio: Share of the fused feature's elements that the mask removes.
         inference_mask: What the mask does in evaluation mode, see :class:`RandomMask`.
         bottleneck_dropout: Dropout of the bottleneck.
@@ -52,7 +52,7 @@ class CrrModel(nn.Module):
         self,
         encoder: str,
         pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
         mask_ratio: float = 0.4,
         inference_mask: str = "expected",
         bottleneck_dropout: float = 0.2,
@@ -67,7 +67,7 @@ class CrrModel(nn.Module):
         self.alpha = alpha
         self.mask = RandomMask(mask_ratio, inference_mask)
         layers = encoder_layers(encoder)
-        self.encoder = Teacher(encoder, layers, pre_trained, weights, tokens=True)
+        self.encoder = Teacher(encoder, layers, pre_trained, backbone_weights, tokens=True)
         extractor = self.encoder.extractor
         self.patch_size: int = extractor.patch_size
         self.prefix_tokens: int = extractor.num_prefix_tokens

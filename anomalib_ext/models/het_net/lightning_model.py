@@ -33,8 +33,8 @@ class HetNet(DistillationModule, AnomalibModule):
         transformer: Name of a plain timm vision transformer, the frozen teacher that gives context.
         pre_trained: Whether the CNN has pretrained weights.
         transformer_pre_trained: Whether the transformer has pretrained weights.
-        weights: File with the CNN's weights; without it they are looked up in the Hugging Face cache, in installed
-            packages and on the hub, in this order.
+        backbone_weights: File with the CNN's weights; without it they are looked up in the Hugging Face cache, in
+            installed packages and on the hub, in this order.
         transformer_weights: File with the transformer's weights, likewise.
         use_algf: Whether local and global features are fused by attention too, or by their sum alone.
         noise: What replaces boxes of the CNN's features for the second student: draws from local Gaussians (``mgd``),
@@ -65,7 +65,7 @@ class HetNet(DistillationModule, AnomalibModule):
         transformer: str = "vit_base_patch16_224",
         pre_trained: bool = True,
         transformer_pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
         transformer_weights: str | Path | None = None,
         use_algf: bool = True,
         noise: str = "mgd",
@@ -95,7 +95,7 @@ class HetNet(DistillationModule, AnomalibModule):
             score_from,
             pre_trained,
             transformer_pre_trained,
-            weights,
+            backbone_weights,
             transformer_weights,
         )
         self.loss = HetNetLoss()

@@ -41,7 +41,7 @@ class HetNetModel(nn.Module):
         score_from: Student that scores, ``sr`` (reconstruction), ``sd`` (denoising) or ``both``.
         pre_trained: Whether the CNN is pretrained.
         transformer_pre_trained: Whether the transformer is pretrained.
-        weights: File with the CNN's weights.
+        backbone_weights: File with the CNN's weights.
         transformer_weights: File with the transformer's weights.
 
     Raises:
@@ -61,7 +61,7 @@ class HetNetModel(nn.Module):
         score_from: str = "both",
         pre_trained: bool = True,
         transformer_pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
         transformer_weights: str | Path | None = None,
     ) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class HetNetModel(nn.Module):
         self.backbone = backbone  # which Anomalib Studio shows
         self.score_from = score_from
         self.noise = LocalGaussianNoise(noise)
-        self.teacher = Teacher(backbone, pre_trained=pre_trained, weights=weights)
+        self.teacher = Teacher(backbone, pre_trained=pre_trained, backbone_weights=backbone_weights)
         self.transformer = Teacher(transformer, [last], transformer_pre_trained, transformer_weights)
         self.patch_size: int = self.transformer.extractor.patch_size
         if input_size is not None:

@@ -28,7 +28,7 @@ class RdAkf(DistillationModule, AnomalibModule):
         backbone: Name of a timm ResNet, with or without a tag; the frozen teacher, whose ``layer1`` to ``layer3`` the
             student reconstructs.
         pre_trained: Whether the teacher has pretrained weights.
-        weights: File with the teacher's weights; without it they are looked up in the Hugging Face cache, in
+        backbone_weights: File with the teacher's weights; without it they are looked up in the Hugging Face cache, in
             installed packages and on the hub, in this order.
         weighting: What the weights of the fusion depend on: ``position`` or ``content``.
         save_teachers: Whether checkpoints hold the teacher's weights.
@@ -55,7 +55,7 @@ class RdAkf(DistillationModule, AnomalibModule):
         self,
         backbone: str = "wide_resnet50_2",
         pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
         weighting: str = "position",
         save_teachers: bool = True,
         pre_processor: nn.Module | bool = True,
@@ -73,7 +73,7 @@ class RdAkf(DistillationModule, AnomalibModule):
         )
         self.backbone = backbone
         self.save_teachers = save_teachers
-        self.model = RdAkfModel(backbone, self.input_size, weighting, pre_trained, weights)
+        self.model = RdAkfModel(backbone, self.input_size, weighting, pre_trained, backbone_weights)
         self.loss = ReverseDistillationLoss()
 
     @staticmethod

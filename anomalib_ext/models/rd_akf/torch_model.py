@@ -31,7 +31,7 @@ class RdAkfModel(nn.Module):
         input_size: Height and width of the images; needed for ``weighting="position"``.
         weighting: ``position`` or ``content``, see :class:`AsymptoticFusion`.
         pre_trained: Whether the teacher is pretrained.
-        weights: File with the teacher's weights.
+        backbone_weights: File with the teacher's weights.
 
     Raises:
         ValueError: If the backbone has no decoder, or the size does not fit.
@@ -43,14 +43,14 @@ class RdAkfModel(nn.Module):
         input_size: tuple[int, int] | None,
         weighting: str = "position",
         pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         architecture(backbone)  # before anything is loaded
         if input_size is not None:
             check_size(*input_size)
         self.backbone = backbone  # which Anomalib Studio shows
-        self.teacher = Teacher(backbone, pre_trained=pre_trained, weights=weights)
+        self.teacher = Teacher(backbone, pre_trained=pre_trained, backbone_weights=backbone_weights)
         self.fusion = AsymptoticFusion(self.teacher.channels, input_size, weighting)
         self.student = Student(backbone, self.teacher.channels[-1])
 

@@ -35,8 +35,9 @@ class SaCfaPatchCore(BundleExport, InspectionModule, AnomalibModule):
         backbone: Name of a timm CNN.
         layers: Layers whose features are concatenated; the deepest one has attention.
         pre_trained: Whether to use pretrained weights.
-        weights: File with the backbone's weights, such as ``anomalib-ext finetune`` writes; without it they are looked
-            up in the Hugging Face cache, in the package of the extra ``offline``, and on the hub, in this order.
+        backbone_weights: File with the backbone's weights, such as ``anomalib-ext finetune`` writes; without it they
+            are looked up in the Hugging Face cache, in the package of the extra ``offline``, and on the hub, in this
+            order.
         attention_ratio: Share of the deepest layer's channels with attention; 0 switches SA off.
         reduction_ratio: Number of groups of channels / number of channels; 1 switches CFA off.
         coreset_sampling_ratio: Share of the training patches that the memory bank keeps.
@@ -66,7 +67,7 @@ class SaCfaPatchCore(BundleExport, InspectionModule, AnomalibModule):
         backbone: str = "wide_resnet50_2",
         layers: Sequence[str] = ("layer2", "layer3"),
         pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
         attention_ratio: float = 0.5,
         reduction_ratio: float = 0.1,
         coreset_sampling_ratio: float = 0.01,
@@ -85,7 +86,7 @@ class SaCfaPatchCore(BundleExport, InspectionModule, AnomalibModule):
             layers=layers,
             num_neighbors=num_neighbors,
             pre_trained=pre_trained,
-            weights=weights,
+            backbone_weights=backbone_weights,
             attention_ratio=attention_ratio,
             reduction_ratio=reduction_ratio,
             channel_seed=channel_seed,

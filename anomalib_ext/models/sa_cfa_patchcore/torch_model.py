@@ -72,7 +72,7 @@ class PatchEmbedding(nn.Module):
         backbone: Name of a timm model.
         layers: Names of the layers; the deepest one has attention.
         pre_trained: Whether the backbone is pretrained.
-        weights: File with the backbone's weights.
+        backbone_weights: File with the backbone's weights.
         attention_ratio: Share of the deepest layer's channels with attention; 0 is plain average pooling.
         reduction_ratio: Number of groups of channels / number of channels; 1 leaves the channels as they are.
         channel_seed: Seed of the order in which channels are grouped; consecutive without one.
@@ -93,7 +93,7 @@ class PatchEmbedding(nn.Module):
         backbone: str,
         layers: Sequence[str],
         pre_trained: bool = True,
-        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
         attention_ratio: float = 0.5,
         reduction_ratio: float = 0.1,
         channel_seed: int | None = None,
@@ -114,7 +114,7 @@ class PatchEmbedding(nn.Module):
                 "or set attention_ratio=0."
             )
             raise ValueError(msg)
-        self.feature_extractor = load_backbone(backbone, layers, pre_trained, weights).eval()
+        self.feature_extractor = load_backbone(backbone, layers, pre_trained, backbone_weights).eval()
         self.out_dims = list(self.feature_extractor.out_dims)
         total, deepest = sum(self.out_dims), self.out_dims[-1]
         groups = round(total * reduction_ratio)

@@ -138,7 +138,7 @@ def test_loads_the_given_file(
     state, path = random_state(backbone), tmp_path / f"weights{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(state, path)
     with caplog.at_level(logging.INFO, logger="anomalib_ext"):
-        extractor = load_backbone(backbone, layers, weights=str(path))
+        extractor = load_backbone(backbone, layers, backbone_weights=str(path))
     assert f"The weights of {backbone} come from the file {path}." in caplog.text
     assert "Unexpected keys" not in caplog.text
 
@@ -158,9 +158,9 @@ def test_a_file_may_lack_only_what_is_cut_off(tmp_path: Path) -> None:
     ]:
         path = tmp_path / f"{backbone}.safetensors"
         save_file({name: t for name, t in random_state(backbone).items() if not name.startswith(cut)}, path)
-        load_backbone(backbone, [inside], weights=path)
+        load_backbone(backbone, [inside], backbone_weights=path)
         with pytest.raises(ValueError, match=rf"expected tensors missing, first: {cut}") as error:
-            load_backbone(backbone, [outside], weights=path)
+            load_backbone(backbone, [outside], backbone_weights=path)
         assert str(path) in str(error.value)
 
 
@@ -181,7 +181,7 @@ def test_a_foreign_file_is_refused(backbone: str, reason: str, tmp_path: Path) -
         ValueError,
         match=rf"foreign.safetensors does not fit the backbone '{backbone}': {reason}",
     ) as error:
-        load_backbone(backbone, [layer], weights=path)
+        load_backbone(backbone, [layer], backbone_weights=path)
     assert re.search(r"the file has \d+ tensors, first: \w+", str(error.value))
 
 
@@ -207,7 +207,7 @@ def test_an_unreadable_file_is_named(name: str, content: object, tmp_path: Path)
     path = tmp_path / name
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=rf"{name} is (damaged or )?no weight file"):
-        load_backbone("test_resnet", ["layer1"], weights=path)
+        load_backbone("test_resnet", ["layer1"], backbone_weights=path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -217,15 +217,15 @@ def test_a_torn_file_is_named(suffix: str, tmp_path: Path) -> None:
     (save_file if suffix == ".safetensors" else torch.save)(random_state("test_resnet"), path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=rf"torn{suffix} is damaged"):
-        load_backbone("test_resnet", ["layer1"], weights=path)
+        load_backbone("test_resnet", ["layer1"], backbone_weights=path)
 
 
 def test_weights_need_a_file_and_pre_trained(tmp_path: Path) -> None:
     """A file that is not there, or not to be used, is an error."""
     with pytest.raises(FileNotFoundError, match=r"There is no weight file .*none.pth"):
-        load_backbone("test_resnet", ["layer1"], weights=tmp_path / "none.pth")
-    with pytest.raises(ValueError, match=r"weights='x.pth' is given together with pre_trained=False"):
-        load_backbone("test_resnet", ["layer1"], pre_trained=False, weights="x.pth")
+        load_backbone("test_resnet", ["layer1"], backbone_weights=tmp_path / "none.pth")
+    with pytest.raises(ValueError, match=r"backbone_weights='x.pth' is given together with pre_trained=False"):
+        load_backbone("test_resnet", ["layer1"], pre_trained=False, backbone_weights="x.pth")
 
 
 def test_order_of_the_sources(
@@ -259,7 +259,7 @@ def test_order_of_the_sources(
     cached = write_cache(hf_cache, "timm/tf_efficientnet_lite0.in1k", states["cache"])
     loads("cache", f"come from the Hugging Face cache ({cached})")
     save_file(states["file"], tmp_path / "mine.safetensors")
-    loads("file", "come from the file", weights=tmp_path / "mine.safetensors")
+    loads("file", "come from the file", backbone_weights=tmp_path / "mine.safetensors")
     assert "Unexpected keys" not in caplog.text
 
 
@@ -277,7 +277,7 @@ def test_without_weights_the_error_says_how_to_provide_them(monkeypatch: pytest.
     for part in (
         "file model.safetensors of timm/test_resnet.r160_in1k",
         "HF_HUB_OFFLINE is set",
-        "weights=PATH",
+        "backbone_weights=PATH",
         "`hf download timm/test_resnet.r160_in1k`",
         "HF_HOME",
     ):
@@ -309,7 +309,7 @@ def test_backbones_without_weights_on_the_hub() -> None:
         load_backbone("coatnet_0_224", ["stages.0"])
     with pytest.raises(
         FileNotFoundError,
-        match=r"'legacy_senet154' \(http.*HF_HUB_OFFLINE is set. Give .* weights=PATH",
+        match=r"'legacy_senet154' \(http.*HF_HUB_OFFLINE is set. Give .* backbone_weights=PATH",
     ):
         load_backbone("legacy_senet154", ["layer1"])
 

@@ -65,7 +65,7 @@ def saved(weights: list[Path], make_data: Make, tmp_path_factory: pytest.TempPat
     """Return a model that was trained for a step, and its checkpoint without teachers."""
     from anomalib.engine import Engine
 
-    model = make_rd(pre_trained=True, weights=weights[0], save_teachers=False)
+    model = make_rd(pre_trained=True, backbone_weights=weights[0], save_teachers=False)
     root = tmp_path_factory.mktemp("saved")
     engine = Engine(default_root_dir=root, max_steps=1, accelerator="cpu", enable_progress_bar=False)
     engine.fit(model, datamodule=make_data(train_batch_size=4))
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_other_teachers_is_refused(
     """Of other weights, and of another backbone; nothing of it is taken over."""
     _, path = saved
     with pytest.raises(ValueError, match="other weights of theirs"):
-        RdAkf.load_from_checkpoint(path, weights=weights[1])
+        RdAkf.load_from_checkpoint(path, backbone_weights=weights[1])
     model = make_rd(backbone="resnet34")
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     with pytest.raises(ValueError, match=r"does not fit this RdAkf.*backbone='resnet18' \(here 'resnet34'\)"):
