@@ -47,7 +47,7 @@ def tuned(classes: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Return a folder in which the console script has written weights and curves."""
     folder = tmp_path_factory.mktemp("tuned")
     script = Path(sysconfig.get_path("scripts")) / "anomalib-ext"
-    options = {"data": classes, "backbone": BACKBONE, "weights": start, "output": "new.safetensors"}
+    options = {"data": classes, "backbone": BACKBONE, "backbone_weights": start, "output": "new.safetensors"}
     options |= {"max_epochs": 4, "batch_size": 8, "accelerator": "cpu", "freeze_stem": "true"}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     done = subprocess.run([script, "finetune", *arguments], cwd=folder, capture_output=True, text=True, check=False)
@@ -89,7 +89,7 @@ def test_models_take_the_file(tuned: Path, make_data: Make, make_engine: Make) -
     path, layers = tuned / "new.safetensors", ["layer1", "layer2"]
     expected = load_file(path)["layer2.0.conv1.weight"]
     pre_processor = SaCfaPatchCore.configure_pre_processor((64, 64), BACKBONE)
-    options = {"layers": layers, "weights": path, "visualizer": False, "pre_processor": pre_processor}
+    options = {"layers": layers, "backbone_weights": path, "visualizer": False, "pre_processor": pre_processor}
     continual, ours = ContinualPatchCore(BACKBONE, **options), SaCfaPatchCore(BACKBONE, **options)
     for extractor in (continual.model.feature_extractor, ours.model.embedding.feature_extractor):
         assert torch.equal(extractor.feature_extractor.state_dict()["layer2.0.conv1.weight"], expected)
