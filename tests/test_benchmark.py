@@ -4,7 +4,7 @@
 import csv
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -48,8 +48,8 @@ def _rows(folder: Path) -> list[Row]:
 def run(products: Path, make_model: Callable[..., Any]) -> Callable[..., list[Row]]:
     """Return a function that runs the benchmark on the products of the tests."""
 
-    def start(folder: Path, **kwargs: Any) -> list[Row]:  # noqa: ANN401
-        data = MultiCategory(root=products, num_workers=0, val_split_mode="from_test", seed=0, categories=PRODUCTS)
+    def start(folder: Path, categories: Sequence[str] = PRODUCTS, **kwargs: Any) -> list[Row]:  # noqa: ANN401
+        data = MultiCategory(root=products, num_workers=0, val_split_mode="from_test", seed=0, categories=categories)
         return benchmark(make_model(), data, results_dir=folder, **{"learners": LEARNERS, "orders": 1, **kwargs})
 
     return start
@@ -74,7 +74,9 @@ def test_every_product_so_far_is_judged_after_each_step(whole: Path) -> None:
     for row in rows:
         assert all(0 <= getattr(row, metric) <= 1 for metric in METRICS)
         assert all(getattr(row, cost) > 0 for cost in ("ms_per_image", "update_seconds", "bank_mib"))
-    assert sorted({row.step for row in rows if row.stream == "few-shot"}) == [1, 2]
+    few = [row for row in rows if row.stream == "few-shot"]
+    assert sorted({row.step for row in few}) == [1, 2]
+    assert {row.learner.rsplit(", ", 1)[1] for row in few} == {"400"}  # the model's own
 
 
 def test_who_forgets_is_seen_to_forget(whole: Path) -> None:
@@ -164,6 +166,8 @@ def test_results_of_other_settings_are_kept_apart(whole: Path, run: Callable[...
     before = (whole / "results.csv").read_bytes()
     with pytest.raises(ValueError, match=r"holds results of another seed: .* Give another results_dir"):
         run(whole, seed=1)
+    with pytest.raises(ValueError, match="holds results of another products: "):
+        run(whole, categories=PRODUCTS[::-1])
     assert (whole / "results.csv").read_bytes() == before
 
 

@@ -64,7 +64,8 @@ def benchmark(
     ``report.md``, and plots.
 
     Args:
-        model: Brings the pre-processor, the backbone, and the size of the memory bank that learns from few images.
+        model: Brings the pre-processor, the backbone, and the size of the memory bank that learns from few images. Its
+            own memory bank is lost.
         data: The products, in the first order.
         learners: Sizes of the memory bank for each learner; by default all learners.
         orders: Number of orders in which the products are learned: as given, in reverse, and shuffled.
@@ -97,6 +98,7 @@ def benchmark(
         raise ValueError(msg)
     seed_everything(seed, verbose=False)
     model.eval()
+    memory_size = model.model.bank.size  # the learners' banks will take the place of the model's
     data.prepare_data()
     data.setup()
     console = Console()
@@ -122,7 +124,7 @@ def benchmark(
                     console.print(line, soft_wrap=True)
     for product, task in zip(data.datamodules, tasks, strict=True):
         paths = list(data.datamodules[product].train_data.samples.image_path)
-        for line in _few_shot(model, task, paths, shots or [], results):
+        for line in _few_shot(model, memory_size, task, paths, shots or [], results):
             console.print(line, soft_wrap=True)
     write_report(results.rows, Path(results_dir))
     console.print(f"results.csv, report.md and plots are in {results_dir}")
@@ -166,7 +168,8 @@ class Results:
         self.rows: list[Row] = []
         if (folder / "settings.json").exists():
             before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-            other = [key for key in settings if settings[key] != before.get(key)]
+            # As text, in which the order of the products counts.
+            other = [key for key in settings if json.dumps(settings[key]) != json.dumps(before.get(key))]
             if other:
                 msg = (
                     f"{folder} holds results of another {', '.join(other)}: {[before.get(key) for key in other]} in "
@@ -341,10 +344,9 @@ def _batch(**values: torch.Tensor) -> ImageBatch:
 
 
 def _few_shot(
-    model: ContinualPatchCore, task: Task, paths: Sequence[str], shots: Sequence[int], results: Results
+    model: ContinualPatchCore, size: int, task: Task, paths: Sequence[str], shots: Sequence[int], results: Results
 ) -> Generator[str]:
     """Learn a product alone from its first images, without validation images; yield a line for each."""
-    size = model.model.bank.size
     learners = {
         f"ContinualPatchCore with views, {size}": True,
         f"ContinualPatchCore without views, {size}": False,
