@@ -263,6 +263,11 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             **{f"added/{name}": count for name, count in report.added.items()},
             **{f"removed/{name}": count for name, count in report.removed.items()},
         }
+        for name, variant in self.model.bank.variants.items():
+            values[f"share/{name}"] = len(variant.radii) / report.num_vectors
+            for kind, (threshold, _, _) in self.model.bank.thresholds(name).items():
+                if not np.isnan(threshold):  # as that of pixels, without masks
+                    values[f"{kind}_threshold/{name}"] = threshold
         shown = {"vectors", "radius_bound"}
         for name, value in values.items():
             self.log(f"memory/{name}", float(value), prog_bar=name in shown)
