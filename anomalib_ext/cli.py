@@ -7,17 +7,23 @@ import warnings
 
 def main() -> None:
     """Run a subcommand."""
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser, auto_cli
 
     # Deprecations inside Anomalib and Lightning's hints do not concern the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="lightning")
     try:
         from anomalib_ext.finetune import finetune
+        from anomalib_ext.report import report
         from anomalib_ext.stream import learn_stream
     except ImportError as error:
         msg = f"{error}. Learning with torch needs the extra: pip install 'anomalib-ext[train]'"
         raise SystemExit(msg) from error
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    auto_cli({"stream": learn_stream, "finetune": finetune}, as_positional=False)
+
+    class Parser(ArgumentParser):
+        def add_function_arguments(self, function, **kwargs) -> list[str]:  # noqa: ANN001
+            return super().add_function_arguments(function, **{**kwargs, "as_positional": function is report})
+
+    auto_cli({"stream": learn_stream, "finetune": finetune, "report": report}, parser_class=Parser)

@@ -10,11 +10,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 GOOD, ANOMALOUS = "#2f6fab", "#d1495b"
-_LONGEST_LABEL = 14  # characters; plots must be readable on a phone
+# For a phone, on which a plot is about as wide: inches, and characters of a name.
+_SIZE = (4.2, 2.5)
+_LONGEST_LABEL = 14
 # From chance to perfect; most values are near perfect, so there the shades differ most.
 _NORM = PowerNorm(3, 0.5, 1, clip=True)
 _STYLE = mpl.rc_context({
@@ -66,40 +69,50 @@ def heat_map(values: Mapping[tuple[str, str], float], names: Sequence[str], metr
     for (learned, variant), value in values.items():
         column, row = names.index(variant), names.index(learned)
         background, text = shade(value)
-        axes.fill(
-            [column - 0.5, column + 0.5, column + 0.5, column - 0.5], [row - 0.5] * 2 + [row + 0.5] * 2, background
-        )
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=background))
         axes.text(column, row, f"{value:.3f}".lstrip("0"), color=text, ha="center", va="center", fontsize=9)
     return figure
 
 
 @_STYLE
-def lines(series: Mapping[str, Mapping[int, float]], steps: Sequence[str], label: str) -> Figure:
+def lines(
+    series: Mapping[str, Mapping[int, float]],
+    steps: Sequence[str],
+    label: str,
+    color: Mapping[str, str],
+) -> Figure:
     """Draw values over the steps of a stream, a line for each name.
 
     Args:
         series: By name, the value by step, which counts from 1.
         steps: What was learned in each step.
         label: What the values are.
+        color: Color of each name.
     """
-    figure = Figure(figsize=(5, 3))
+    figure = Figure(figsize=_SIZE)
     axes = figure.add_subplot(ylabel=label)
-    for (name, values), color in zip(series.items(), colors(list(series)).values(), strict=True):
-        axes.plot(list(values), list(values.values()), color=color, marker="o", markersize=4, label=name)
+    for name, values in series.items():
+        axes.plot(list(values), list(values.values()), color=color[name], marker="o", markersize=4)
     _step_axis(axes, steps)
     return figure
 
 
 @_STYLE
-def stacked(series: Mapping[str, Mapping[int, float]], steps: Sequence[str], label: str) -> Figure:
+def stacked(
+    series: Mapping[str, Mapping[int, float]],
+    steps: Sequence[str],
+    label: str,
+    color: Mapping[str, str],
+) -> Figure:
     """Draw shares over the steps of a stream as stacked bars; arguments as for :func:`lines`."""
-    figure = Figure(figsize=(5, 3))
+    figure = Figure(figsize=_SIZE)
     axes = figure.add_subplot(ylabel=label)
     bottom = np.zeros(len(steps))
-    for (name, values), color in zip(series.items(), colors(list(series)).values(), strict=True):
+    for name, values in series.items():
         heights = np.array([values.get(step, 0.0) for step in range(1, len(steps) + 1)])
-        axes.bar(np.arange(1, len(steps) + 1), heights, 0.7, bottom, color=color, edgecolor="white", label=name)
+        axes.bar(np.arange(1, len(steps) + 1), heights, 0.7, bottom, color=color[name], edgecolor="white")
         bottom += heights
+    axes.set_ylim(0, 1)
     _step_axis(axes, steps)
     return figure
 
@@ -107,13 +120,12 @@ def stacked(series: Mapping[str, Mapping[int, float]], steps: Sequence[str], lab
 @_STYLE
 def histogram(good: Sequence[float], anomalous: Sequence[float], threshold: float | None) -> Figure:
     """Draw how the scores of good and of anomalous images lie about the threshold."""
-    figure = Figure(figsize=(4, 2.2))
+    figure = Figure(figsize=_SIZE)
     axes = figure.add_subplot(xlabel="score", ylabel="images")
-    values = [*good, *anomalous, *([] if threshold is None else [threshold])]
-    low, high = min([0.0, *values]), max([1.0, *values])
-    bins = np.linspace(low, high, 31).tolist()
-    for scores, color, name in ((good, GOOD, "good"), (anomalous, ANOMALOUS, "anomalous")):
-        axes.hist(scores, bins, color=color, alpha=0.65, label=name)
+    values = [0.0, 1.0, *good, *anomalous]
+    bins = np.linspace(min(values), max(values), 31).tolist()
+    axes.hist(good, bins, color=GOOD, alpha=0.65)
+    axes.hist(anomalous, bins, color=ANOMALOUS, alpha=0.65)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2)
