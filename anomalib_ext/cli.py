@@ -3,6 +3,8 @@
 
 import logging
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 
 def main() -> None:
@@ -23,7 +25,8 @@ def main() -> None:
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
 
     class Parser(ArgumentParser):
-        def add_function_arguments(self, function, **kwargs) -> list[str]:  # noqa: ANN001
-            return super().add_function_arguments(function, **{**kwargs, "as_positional": function is report})
+        def add_function_arguments(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401
+            kwargs["as_positional"] = function is report  # which has one argument and no configuration
+            return super().add_function_arguments(function, *args, **kwargs)
 
     auto_cli({"stream": learn_stream, "finetune": finetune, "report": report}, parser_class=Parser)

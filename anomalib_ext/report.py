@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 from PIL import Image
 
 from anomalib_ext import __version__, plots
@@ -44,7 +43,7 @@ def report(run: Path) -> None:
     page = environment.get_template("report.html.jinja").render(_content(run), shade=plots.shade, version=__version__)
     with replacing(run / "report.html") as file:
         file.write(page.encode())
-    print(f"The report is {run / 'report.html'}")  # noqa: T201  # what a command says
+    print(f"The report is {run / 'report.html'}")
 
 
 def _content(run: Path) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def _series(logged: Logged, names: list[str], pattern: str) -> Logged:
 def _plots(logged: Logged, names: list[str]) -> dict[str, str]:
     """Data URIs of the plots over the steps, as far as there are values."""
     color = plots.colors(names)
-    drawn: dict[str, Figure] = {}
+    drawn = {}
     for metric in ("image_AUROC", "pixel_AUROC"):
         if series := _series(logged, names, f"{{}}/{metric}"):
             drawn[metric] = plots.lines(series, names, metric, color)
@@ -144,7 +143,7 @@ def _updates(logged: Logged, names: list[str]) -> dict[str, list[float]]:
 def _variant(run: Path, name: str, rows: list[dict[str, str]], logged: Logged) -> dict[str, Any]:
     """What the last step showed of a variant."""
     good, anomalous = ([row for row in rows if row["gt_label"] == label] for label in "01")
-    scores = [[float(row["pred_score"]) for row in part] for part in (good, anomalous)]
+    good_scores, anomalous_scores = ([float(row["pred_score"]) for row in part] for part in (good, anomalous))
     threshold = next((float(row["threshold"]) for row in rows if row["threshold"]), None)
     return {
         "name": name,
@@ -154,8 +153,10 @@ def _variant(run: Path, name: str, rows: list[dict[str, str]], logged: Logged) -
         "false_negatives": sum(row["pred_label"] == "0" for row in anomalous),
         "decided": threshold is not None,
         "distance": list(logged.get(f"memory/image_threshold/{name}", {0: math.nan}).values())[-1],
-        "histogram": plots.to_data_uri(plots.histogram(*scores, threshold)),
-        "ranges": [f"{min(part):.2f} to {max(part):.2f}" if part else "none" for part in scores],
+        "histogram": plots.to_data_uri(plots.histogram(good_scores, anomalous_scores, threshold)),
+        "ranges": [
+            f"{min(part):.2f} to {max(part):.2f}" if part else "none" for part in (good_scores, anomalous_scores)
+        ],
         "worst": [
             {
                 "kind": "False positive" if row["gt_label"] == "0" else "False negative",

@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``anomalib-ext stream`` in a real process."""
+"""The command ``anomalib-ext stream`` in a real process, and what a stream writes."""
 
 import csv
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from anomalib.models import ContinualPatchCore
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from anomalib.models import ContinualPatchCore, SaCfaPatchCore
+from PIL import Image
 
+from anomalib_ext.data import MultiCategory
+from anomalib_ext.stream import WORST, JudgedImages, learn_stream
+
+Make = Callable[..., Any]
 CONFIG = """
 model: {class_path: ContinualPatchCore, init_args: {memory_size: 300}}
 data:
@@ -18,6 +30,12 @@ results_dir: results
 """
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_stream_learns_evaluates_and_draws(tmp_path: Path) -> None:
     """Every known variant is tested after each step, and the last step leaves pictures and a checkpoint."""
     (tmp_path / "config.yaml").write_text(CONFIG)
@@ -25,14 +43,109 @@ def test_stream_learns_evaluates_and_draws(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "image_AUROC of each variant after each step" in done.stdout
-    with (tmp_path / "results" / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read(tmp_path / "results" / "results.csv")
     assert [(row["step"], row["variant"]) for row in rows] == [("1", "cell"), ("2", "cell"), ("2", "retina")]
     assert all(float(row["image_AUROC"]) > 0.6 for row in rows)
     for variant in ("cell", "retina"):
         assert len(list((tmp_path / "results" / "images" / variant).rglob("*.png"))) == 12  # half is for validation
     checkpoints = list((tmp_path / "results").rglob("retina/v0/weights/lightning/model.ckpt"))
     assert list(ContinualPatchCore.load_from_checkpoint(checkpoints[0]).model.bank.variants) == ["cell", "retina"]
+
+
+def test_tables_agree_with_the_model_and_with_each_other(make_data: Make, make_model: Make, tmp_path: Path) -> None:
+    """Scores give the metrics, decisions follow from scores, and the memory's state is that of the bank."""
+    model = make_model()
+    data = MultiCategory([make_data("stripes"), make_data("dots")])
+    results = learn_stream(model, data, tmp_path)
+    scores, metrics = read(tmp_path / "scores.csv"), read(tmp_path / "metrics.csv")
+
+    for result in results:
+        key = [str(result[name]) for name in ("step", "variant")]
+        images = [row for row in scores if [row["step"], row["variant"]] == key]
+        assert len(images) == 12
+        normal, anomalous = (
+            np.array([float(row["pred_score"]) for row in images if row["gt_label"] == label]) for label in "01"
+        )
+        pairs = np.sign(anomalous[:, None] - normal) / 2 + 0.5
+        assert pairs.mean() == pytest.approx(result["image_AUROC"], abs=1e-5)
+        for row in images:
+            assert (float(row["pred_score"]) > float(row["threshold"])) == (row["pred_label"] == "1")
+            assert Path(row["image_path"]).is_file()
+            assert ("/good/" in row["image_path"]) == (row["gt_label"] == "0")
+
+    assert len({(row["step"], row["name"]) for row in metrics}) == len(metrics)  # each is there once
+    last = {row["name"]: float(row["value"]) for row in metrics if row["step"] == "2"}
+    bank = model.model.bank
+    assert last["memory/vectors"] == len(bank) == 400
+    assert last["memory/radius_bound"] == pytest.approx(bank.radius_bound)
+    for name, variant in bank.variants.items():
+        assert last[f"memory/share/{name}"] == pytest.approx(len(variant.radii) / 400)
+        assert last[f"memory/image_threshold/{name}"] == pytest.approx(bank.thresholds(name)["image"][0])
+        assert last[f"memory/pixel_threshold/{name}"] == pytest.approx(bank.thresholds(name)["pixel"][0])
+        assert last[f"{name}/image_AUROC"] == next(
+            row["image_AUROC"] for row in results if (row["step"], row["variant"]) == (2, name)
+        )
+    assert last["mean/image_AUROC"] == pytest.approx((last["stripes/image_AUROC"] + last["dots/image_AUROC"]) / 2)
+    assert last["update_seconds"] > last["memory/seconds"] > 0
+
+
+def test_a_model_without_a_bank_of_variants(make_data: Make, tmp_path: Path) -> None:
+    """It gives what there is."""
+    model = SaCfaPatchCore(
+        backbone="tf_efficientnet_lite0",
+        layers=["blocks.1", "blocks.2"],
+        coreset_sampling_ratio=0.02,
+        pre_processor=SaCfaPatchCore.configure_pre_processor((64, 64), "tf_efficientnet_lite0"),
+    )
+    learn_stream(model, MultiCategory([make_data("stripes")]), tmp_path)
+    names = {row["name"] for row in read(tmp_path / "metrics.csv")}
+    assert {"stripes/image_AUROC", "mean/image_AUROC", "update_seconds"} <= names
+    assert not any(name.startswith("memory/") for name in names)
+    assert len(read(tmp_path / "scores.csv")) == 12
+
+
+@pytest.fixture
+def judged_batch(tmp_path: Path) -> ImageBatch:
+    """Return six good images and six anomalous ones, of which the model takes half for the other."""
+    paths = [str(tmp_path / f"{index}.png") for index in range(12)]
+    for path in paths:
+        Image.new("RGB", (32, 32), "gray").save(path)
+    good = [0.1, 0.51, 0.9, 0.2, 0.7, 0.8]  # mistakes are 1, 2, 4, 5
+    anomalous = [0.9, 0.4, 0.05, 0.8, 0.3, 0.5]  # mistakes are 7, 8, 10, 11
+    scores = torch.tensor(good + anomalous)
+    return ImageBatch(
+        image=torch.zeros(12, 3, 32, 32),
+        gt_label=torch.arange(12) >= 6,
+        gt_mask=torch.zeros(12, 32, 32, dtype=torch.bool),
+        pred_score=scores,
+        pred_label=scores > 0.5,
+        anomaly_map=scores[:, None, None].expand(12, 32, 32),
+        image_path=paths,
+    )
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_the_worst_mistakes_are_kept(judged_batch: ImageBatch, size: int, tmp_path: Path) -> None:
+    """Worst first, whichever batches they come in; right decisions never."""
+    judged = JudgedImages()
+    fields = ("image", "gt_label", "gt_mask", "pred_score", "pred_label", "anomaly_map", "image_path")
+    for start in range(0, 12, size):
+        part = ImageBatch(**{name: getattr(judged_batch, name)[start : start + size] for name in fields})
+        judged.on_test_batch_end(None, SimpleNamespace(post_processor=None), part, part, 0)
+    judged.save_worst(tmp_path, "worst/1/cell")
+    pictures = {row["picture"]: int(Path(row["image_path"]).stem) for row in judged.rows if row["picture"]}
+    folder = "worst/1/cell"
+    assert pictures == {
+        **{f"{folder}/false_positives_{rank}.png": image for rank, image in enumerate((2, 5, 4), start=1)},
+        **{f"{folder}/false_negatives_{rank}.png": image for rank, image in enumerate((8, 10, 7), start=1)},
+    }
+    assert len(judged.rows) == 12
+    with Image.open(tmp_path / folder / "false_positives_1.png") as image:
+        assert image.size == (512, 256)
+    sheets = judged.sheets()
+    assert {kind: sheet.shape for kind, sheet in sheets.items()} == dict.fromkeys(
+        ("false_positives", "false_negatives"), (WORST * 256, 512, 3)
+    )
 
 
 def test_without_anomalib_the_error_names_the_extra() -> None:
