@@ -115,7 +115,7 @@ def _plots(logged: Logged, names: list[str]) -> dict[str, str]:
         if series := _series(logged, names, f"{{}}/{metric}"):
             drawn[metric] = plots.lines(series, names, metric, color)
     if series := _series(logged, names, "memory/share/{}"):
-        drawn["share"] = plots.stacked(series, names, "share of the memory bank", color)
+        drawn["share"] = plots.stacked(series, names, "share of the bank", color)
     if series := _series(logged, names, "memory/image_threshold/{}"):
         drawn["threshold"] = plots.lines(series, names, "image threshold (distance)", color)
     if bound := logged.get("memory/radius_bound"):

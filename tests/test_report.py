@@ -163,7 +163,7 @@ def test_without_a_memory_bank_and_pictures_the_rest_is_there(run: Path) -> None
     shutil.rmtree(run / "worst")
     page = page_of(run)
     assert page.pictures == []
-    assert "No pictures." in page.text
+    assert "There are no pictures." in page.text
     assert "seconds" in page.text
     assert "radius bound" not in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 4  # AUROC of images and pixels, two histograms
