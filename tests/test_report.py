@@ -22,7 +22,7 @@ from anomalib_ext.report import report
 from anomalib_ext.stream import learn_stream
 
 Make = Callable[..., Any]
-NAMES = ["stripes", "<b>dots & \"$x_1$\" 'x'"]
+NAMES = ["stripes", "$x_1$ <b>&\"'y"]
 
 
 class Page(HTMLParser):
@@ -46,6 +46,12 @@ class Page(HTMLParser):
     def values(self, *attributes: str) -> list[str]:
         """Return the values of attributes of all tags."""
         return [value for _, attrs in self.tags for name in attributes if (value := attrs.get(name)) is not None]
+
+    @property
+    def plots(self) -> list[str]:
+        """The plots, which are SVG images."""
+        prefix = "data:image/svg+xml;base64,"
+        return [base64.b64decode(text.removeprefix(prefix)).decode() for text in self.values("src") if prefix in text]
 
     @property
     def pictures(self) -> list[dict[str, str | None]]:
@@ -93,16 +99,14 @@ def test_nothing_outside_the_page_is_referenced(run: Path) -> None:
     assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
     references = page.values("src", "href", "srcset", "data", "poster", "background", "action", "xlink:href")
-    plots = [text for text in references if text.startswith("data:image/svg+xml;base64,")]
     inside = [text for text in references if text.startswith("#")]
-    assert len(references) == len(plots) + len(page.pictures) + len(inside)
-    assert len(plots) == 7  # AUROC of images and pixels, shares, radius bound, thresholds, two histograms
+    assert len(references) == len(page.plots) + len(page.pictures) + len(inside)
+    assert len(page.plots) == 7  # AUROC of images and pixels, shares, radius bound, thresholds, two histograms
     assert {text[1:] for text in inside} <= set(page.values("id"))
     for style in (*page.styles, *page.values("style")):
         assert "url(" not in style
         assert "@import" not in style
-    for plot in plots:
-        svg = base64.b64decode(plot.partition(",")[2]).decode()
+    for svg in page.plots:
         assert "<script" not in svg
         assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', svg))
         assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", svg))
@@ -115,6 +119,7 @@ def test_names_are_shown_as_they_are(run: Path) -> None:
     assert "b" not in {tag for tag, _ in page.tags}
     assert page.text.count(NAMES[1]) >= 5  # tables, legends, variants
     assert "line & <3>" in page.text
+    assert any(">$x_1$ &lt;b&gt;&amp;" in plot for plot in page.plots)
 
 
 def test_numbers_are_those_of_the_stream(run: Path) -> None:
@@ -152,9 +157,13 @@ def test_it_can_be_read_without_seeing_it(run: Path) -> None:
 def test_an_interrupted_stream_shows_complete_steps(run: Path) -> None:
     """A kill between the tables leaves more in the others than in results.csv."""
     rewrite(run / "results.csv", lambda row: row["step"] == "1")
+    with (run / "metrics.csv").open("a") as file:
+        file.write("2,memory/image_threshold/stripes,999.0\n")
     text = "\n".join(page_of(run).text)
     assert f"The stream did not get to {NAMES[1]}." in text
     assert "learned 1 variants" in text
+    assert "threshold at a distance of" in text
+    assert "999" not in text
 
 
 def test_without_a_memory_bank_and_pictures_the_rest_is_there(run: Path) -> None:
