@@ -53,8 +53,8 @@ def heat_map(values: Mapping[tuple[str, str], float], names: Sequence[str], metr
     """Draw the matrix R of a stream: a metric of each variant (columns) after each step (rows).
 
     Args:
-        values: Metric by the variant that was learned last and the variant that was tested; what is missing stays
-            empty.
+        values: Metric by the variant that was learned last and the variant that was tested; what is missing
+            or NaN stays empty.
         names: Variants in the order in which they are learned.
         metric: Name of the metric, whose values go from 0.5 (chance) to 1.
     """
@@ -67,6 +67,8 @@ def heat_map(values: Mapping[tuple[str, str], float], names: Sequence[str], metr
     axes.set_yticks(ticks, list(map(_short, names)))
     axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
     for (learned, variant), value in values.items():
+        if np.isnan(value):
+            continue
         column, row = names.index(variant), names.index(learned)
         background, text = shade(value)
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=background))

@@ -103,7 +103,9 @@ def learn_stream(
                 values = {key: value for key, value in values.items() if key not in tested}  # of the validation set
                 values.update({f"{known}/{key}": value for key, value in tested.items()})
             for key in METRICS:
-                values[f"{MEAN}/{key}"] = float(np.mean([row[key] for row in results if row["step"] == step]))
+                # A variant may lack a metric, as that of pixels without masks.
+                measured = [row[key] for row in results if row["step"] == step and not math.isnan(row[key])]
+                values[f"{MEAN}/{key}"] = float(np.mean(measured)) if measured else math.nan
             values = {key: value for key, value in values.items() if not math.isnan(value)}
             metrics += [{"step": step, "name": key, "value": value} for key, value in values.items()]
             _write(metrics, results_dir / "metrics.csv")

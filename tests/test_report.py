@@ -178,6 +178,15 @@ def test_without_a_memory_bank_and_pictures_the_rest_is_there(run: Path) -> None
     assert sum(tag == "img" for tag, _ in page.tags) == 4  # AUROC of images and pixels, two histograms
 
 
+def test_without_a_post_processor_nothing_is_called_wrong(run: Path) -> None:
+    """There are scores, but neither thresholds nor decisions."""
+    rewrite(run / "scores.csv", lambda row: row.update(threshold="", pred_label="", picture="") is None)
+    page = page_of(run)
+    assert "wrong decisions now" not in page.text
+    assert "There are no pictures." in page.text
+    assert not re.search(r"false (positives|negatives)|dashed line", "\n".join(page.text))
+
+
 @pytest.mark.parametrize("name", ["results.csv", "scores.csv", "metrics.csv", "hparams.json"])
 def test_another_folder_is_refused(run: Path, name: str) -> None:
     """The error says what is missing, and nothing is written."""

@@ -2,6 +2,7 @@
 """The command ``anomalib-ext stream`` in a real process, and what a stream writes."""
 
 import csv
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import Folder, ImageBatch
 from anomalib.metrics import AUROC, Evaluator, F1Score
 from anomalib.models import ContinualPatchCore, SaCfaPatchCore
 from PIL import Image
 
 from anomalib_ext.data import MultiCategory
+from anomalib_ext.plots import heat_map
+from anomalib_ext.report import report
 from anomalib_ext.stream import WORST, JudgedImages, learn_stream
 
 Make = Callable[..., Any]
@@ -106,6 +109,22 @@ def test_a_model_without_a_bank_of_variants(make_data: Make, tmp_path: Path) -> 
     metrics = ("image_AUROC", "image_F1Score")
     assert names == {"update_seconds", *(f"{name}/{metric}" for name in ("stripes", "mean") for metric in metrics)}
     assert len(read(tmp_path / "scores.csv")) == 12
+
+
+def test_a_variant_without_masks(products: Path, make_data: Make, make_model: Make, tmp_path: Path) -> None:
+    """It has no metrics of pixels, and the mean is that of the others."""
+    folders = {"normal_dir": "train/good", "abnormal_dir": "test/hole", "normal_test_dir": "test/good"}
+    plain = Folder("plain", root=products / "dots", num_workers=0, **folders)
+    results = learn_stream(make_model(), MultiCategory([make_data("stripes"), plain]), tmp_path)
+    values = {row["name"]: float(row["value"]) for row in read(tmp_path / "metrics.csv") if row["step"] == "2"}
+    assert "plain/image_AUROC" in values
+    assert "plain/pixel_AUROC" not in values
+    assert values["mean/pixel_AUROC"] == values["stripes/pixel_AUROC"]
+    assert [np.isnan(row["pixel_AUROC"]) for row in results] == [False, False, True]
+    assert len(heat_map({("a", "a"): np.nan}, ["a"], "pixel_AUROC").axes[0].texts) == 0
+    report(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"\bnan\b", re.sub(r'src="[^"]*"', "", page))
 
 
 @pytest.fixture
