@@ -37,6 +37,9 @@ NOT_RUN = {
     "cat configs/studio/model_metadata.yaml >> application/backend/src/core/model_metadata.yaml": "needs Studio",
     'uv pip install --python application/backend/.venv ".[train,offline]"': "needs Studio",
     "python docs/pictures.py": "its pictures are in the repository",
+    "PL_TRAINER_MAX_EPOCHS=100 anomalib benchmark --config configs/benchmark/mvtec_ad.yaml": "needs a GPU, for hours",
+    "PL_TRAINER_MAX_EPOCHS=100 anomalib benchmark --config configs/benchmark/visa.yaml": "needs a GPU, for hours",
+    "anomalib-ext compare": "needs the results of these two",
 }
 INTERNET = "trains with weights from the internet; smaller ones are trained in the tests of the model"
 HOURS = "takes minutes to hours, on data sets that the user has"
@@ -51,6 +54,7 @@ PARSED = {
     "anomalib train --model SaCfaPatchCore": INTERNET,
     "anomalib train --model Padim": INTERNET,
     "anomalib test --config configs/model/het_net.yaml": INTERNET,
+    "anomalib-ext benchmark --config configs/benchmark/continual.yaml": HOURS,
     "anomalib-ext finetune": INTERNET,
     "python tests/benchmarks/continual.py": HOURS,
     "python tests/benchmarks/distillation.py": HOURS,
