@@ -8,7 +8,9 @@ changes are constants of the whole graph with fixed names, so that only their by
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -156,6 +158,24 @@ class _WithInputs(nn.Module):
         return torch.func.functional_call(self.whole, dict(zip(self.buffers_given, tables, strict=True)), (images,))
 
 
+@contextmanager
+def _without_telemetry() -> Generator[None]:
+    """Keep OpenVINO's converter and NNCF from reporting to Intel, which both do unasked, but not in a CI job.
+
+    For each report they also fork this process, with all that it has in memory.
+    """
+    before = os.environ.get("CI")
+    os.environ["CI"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CI"]
+        else:
+            os.environ["CI"] = before
+
+
+@_without_telemetry()
 def export_bundle(
     model: AnomalibModule,
     content: Callable[[Any, tuple[int, int]], Bundle],

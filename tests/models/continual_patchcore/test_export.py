@@ -18,6 +18,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.pre_processing import PreProcessor
+from openvino_telemetry.backend.backend_ga4 import GA4Backend
 from PIL import Image
 from safetensors import safe_open
 from torchvision.transforms.v2 import Resize
@@ -303,6 +304,19 @@ def test_images_of_any_size(small: ContinualPatchCore, images: torch.Tensor, mak
     larger = torch.nn.functional.interpolate(images, size=(200, 150)) * torch.rand(200, 150)
     seen = resize(larger, [64, 64], antialias=True)
     assert_same(run(path, larger, EXACT), judged(small, seen))
+
+
+def test_nothing_is_reported(
+    small: ContinualPatchCore, make_engine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO's converter would send to Intel that it was used, if the user has not said no."""
+    sent: list[Any] = []
+    monkeypatch.setattr(GA4Backend, "send", lambda _, message: sent.append(message))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CI", raising=False)
+    make_engine().export(small, ExportType.OPENVINO, tmp_path)
+    assert not sent
+    assert "CI" not in os.environ
 
 
 def test_a_failed_export_leaves_the_old_bundle(
