@@ -314,15 +314,17 @@ def test_kills_at_random_points(bundle: Path, good: dict[str, list[Path]], teste
     """A process that learns, saves and undoes is killed again and again; the bundle is whole each time."""
     rng = np.random.default_rng(0)
     image = next(path for path in tested if "dots" in path.parts)
-    states = set()
-    for _ in range(12):
+    states: set[int] = set()
+    kills = 0
+    while kills < 12 or (len(states) < 2 and kills < 60):  # on a busy PC, few come after the first save
+        kills += 1
         worker = subprocess.Popen(
             [sys.executable, "-c", LEARN, bundle, *good["dots"][:3]],
             stdout=subprocess.PIPE,
         )
         assert worker.stdout is not None
         assert worker.stdout.readline() == b"ready\n"
-        time.sleep(rng.uniform(0, 0.6))
+        time.sleep(rng.uniform(0, 0.05 * kills))
         worker.kill()
         worker.wait()
         detector = EdgeDetector(bundle)
