@@ -31,7 +31,7 @@ from anomalib_ext.models.continual_patchcore.views import (
 from . import bundle as bundles
 from .bundle import BANK, Bundle, BundleError
 from .images import load, resize
-from .search import THREADS, NearestNeighbors
+from .search import NearestNeighbors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -160,7 +160,7 @@ class EdgeDetector:
         Returns:
             Its result, or the error that :meth:`predict` would have raised.
         """
-        return self._model.workers.submit(self._predict, image, threads=1)
+        return self._model.workers.submit(self._predict, image)
 
     def stream(self, images: Iterable[Source]) -> Generator[Prediction, None, None]:
         """Judge many images with the highest throughput, several at a time.
@@ -179,12 +179,11 @@ class EdgeDetector:
         for future in waiting:
             yield future.result()
 
-    def _predict(self, images: Source, threads: int = THREADS) -> Prediction:
-        """Judge an image, with so many threads for the search."""
+    def _predict(self, images: Source) -> Prediction:
         source = _source(images)
         outputs = self._model(resize(load(images), self.input_size))
         if self._knowledge is not None:
-            return self._judge_embedding(outputs["embedding"], self._knowledge, source, threads)
+            return self._judge_embedding(outputs["embedding"], self._knowledge, source)
         label, mask = outputs.get("pred_label"), outputs.get("pred_mask")
         return Prediction(
             pred_score=float(outputs["pred_score"].item()),
@@ -195,23 +194,16 @@ class EdgeDetector:
             source=source,
         )
 
-    def _judge_embedding(
-        self,
-        embedding: Array,
-        knowledge: _Knowledge,
-        source: str | None,
-        threads: int,
-    ) -> Prediction:
+    def _judge_embedding(self, embedding: Array, knowledge: _Knowledge, source: str | None) -> Prediction:
         """Search and post-processing, equal to that of `model.xml`.
 
         Args:
             embedding: Shape `(h, w, d)`.
             knowledge: What to judge by.
             source: Path of the image.
-            threads: Threads that share the search.
         """
         patches = embedding.reshape(-1, embedding.shape[-1])
-        scores, index = _search(patches, knowledge, source, threads)
+        scores, index = _search(patches, knowledge, source)
         position = int(np.bincount(knowledge.owners[index], minlength=1).argmax())
         metadata = self._bundle.metadata
         score = self._image_score(patches, scores, index, knowledge)
@@ -457,16 +449,11 @@ class EdgeDetector:
         return _Knowledge(bank, list(bank.variants), bank.owners, values, search or NearestNeighbors(bank.vectors))
 
 
-def _search(
-    patches: Array,
-    knowledge: _Knowledge,
-    name: str | None,
-    threads: int = THREADS,
-) -> tuple[Array, NDArray[np.int64]]:
+def _search(patches: Array, knowledge: _Knowledge, name: str | None) -> tuple[Array, NDArray[np.int64]]:
     if not np.isfinite(patches).all():
         msg = f"{name or 'The image'} gives embeddings that are not finite; look for damaged weights."
         raise ValueError(msg)
-    return knowledge.search.search(patches, threads)
+    return knowledge.search.search(patches)
 
 
 def _excess(patches: Array, variant: str | None, knowledge: _Knowledge, name: str) -> float:

@@ -16,25 +16,16 @@ Every bound allows for the rounding of float32, so that the result is that of co
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from anomalib_ext.models.components.k_center import single_threaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
-
-T = TypeVar("T")
-
-# More than two share a search badly: its parts are short.
-THREADS = min(2, os.cpu_count() or 1)
 
 # Measured on banks of 10,000 vectors of tf_efficientnet_lite0, see docs/edge.md.
 AXES = 47
@@ -89,36 +80,24 @@ class NearestNeighbors:
         self.members = np.full((len(centers), max(last - first for first, last in self.bounds)), -1, np.int64)
         for cell, (first, last) in enumerate(self.bounds):
             self.members[cell, : last - first] = np.arange(first, last)
-        self._pool = ThreadPoolExecutor(max(1, THREADS - 1), "search")
 
-    def search(self, queries: Array, threads: int = THREADS) -> tuple[Array, NDArray[np.int64]]:
-        """Find the nearest vector of each query.
+    @single_threaded()
+    def search(self, queries: Array) -> tuple[Array, NDArray[np.int64]]:
+        """Find the nearest vector of each query, on the calling thread: its parts are too short to be shared.
 
         Args:
             queries: Shape `(m, d)`, finite.
-            threads: Threads that share the search, at most `THREADS`.
 
         Returns:
             Distance of each query to its nearest vector, and the index of that vector, each of shape `(m,)`.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        parts = self._each(self._begin, np.array_split(queries, max(1, min(threads, len(queries)))))
-        points, near, nearest, index = (np.concatenate(part) for part in zip(*parts, strict=True))
+        points, near, nearest, index = self._begin(queries)
         if len(self.blocks) > 1:
-            near = near.T.copy()
-            cells = [range(first, len(self.blocks), threads) for first in range(threads)]
-            found = self._each(lambda group: self._candidates(points, near, group), cells)
-            rows, columns = (np.concatenate(part) for part in zip(*found, strict=True))
-            groups = _Candidates(rows, columns, len(queries)).groups(threads)
-            self._each(lambda group: _improve(queries, self.vectors, nearest, index, group), groups)
+            rows, columns = self._candidates(points, near)
+            _improve(queries, self.vectors, nearest, index, rows, columns)
         return np.sqrt(nearest), self.order[index]
 
-    def _each(self, function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
-        """Results for all items, computed by the calling thread and those of the pool."""
-        others = [self._pool.submit(function, item) for item in items[1:]]
-        return [function(items[0]), *(other.result() for other in others)]
-
-    @single_threaded()
     def _begin(self, queries: Array) -> tuple[Array, NDArray[np.bool_], Array, NDArray[np.int64]]:
         """Project queries, and compare them with the vectors of their own cell.
 
@@ -141,18 +120,12 @@ class NearestNeighbors:
         points[:, -1] = nearest - squares + rounding
         return points, near, nearest, index
 
-    def _candidates(
-        self,
-        points: Array,
-        near: NDArray[np.bool_],
-        cells: Sequence[int],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Pairs of a query and a vector, of some cells, that may be nearer than the nearest so far."""
+    def _candidates(self, points: Array, near: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Pairs of a query and a vector of a near cell that may be nearer than the nearest so far."""
         rows, columns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for cell in cells:
-            visitors = near[cell].nonzero()[0]
+        for cell, ((first, last), visited) in enumerate(zip(self.bounds, near.T.copy(), strict=True)):
+            visitors = visited.nonzero()[0]
             if len(visitors):
-                first, last = self.bounds[cell]
                 below = product(points.take(visitors, axis=0), self.blocks[cell]) <= 0
                 row, column = np.divmod(below.ravel().nonzero()[0], last - first)
                 rows.append(visitors[row])
@@ -221,39 +194,26 @@ def _compare(queries: Array, vectors: Array, chosen: NDArray[np.int64]) -> tuple
     return distances, indices
 
 
-class _Candidates:
-    """Pairs of a query and a vector, sorted by query."""
-
-    def __init__(self, rows: NDArray[np.int64], columns: NDArray[np.int64], queries: int) -> None:
-        self.counts = np.bincount(rows, minlength=queries)
-        self.starts = np.cumsum(self.counts) - self.counts
-        # NumPy sorts 16 bits by radix.
-        self.columns = columns[np.argsort(rows.astype(np.uint16 if queries < 2**16 else np.int64), kind="stable")]
-
-    def groups(self, count: int) -> list[list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
-        """Divide the queries among `count` workers: indices of queries, and a table of the vectors for each."""
-        by_count = np.argsort(self.counts, kind="stable")
-        groups: list[list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = [[] for _ in range(count)]
-        # Queries of similar counts together, so that few places of a table remain empty.
-        for position, part in enumerate(np.array_split(by_count[np.searchsorted(self.counts[by_count], 1) :], 8)):
-            if len(part):
-                place = np.arange(self.counts[part[-1]])
-                table = self.columns[np.minimum(self.starts[part, None] + place, len(self.columns) - 1)]
-                table[place >= self.counts[part, None]] = -1
-                groups[position % count].append((part, table))
-        return groups
-
-
-@single_threaded()
 def _improve(
     queries: Array,
     vectors: Array,
     nearest: Array,
     index: NDArray[np.int64],
-    group: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
 ) -> None:
-    """Compare queries with the vectors that their tables name, and keep what is nearer."""
-    for part, table in group:
-        distances, found = _compare(queries[part], vectors, table)
-        better = distances < nearest[part]
-        nearest[part[better]], index[part[better]] = distances[better], found[better]
+    """Compare pairs of a query and a vector, and keep what is nearer."""
+    counts = np.bincount(rows, minlength=len(queries))
+    starts = np.cumsum(counts) - counts
+    # NumPy sorts 16 bits by radix.
+    columns = columns[np.argsort(rows.astype(np.uint16 if len(queries) < 2**16 else np.int64), kind="stable")]
+    by_count = np.argsort(counts, kind="stable")
+    # Queries of similar counts together, so that few places of a table remain empty.
+    for part in np.array_split(by_count[np.searchsorted(counts[by_count], 1) :], 8):
+        if len(part):
+            place = np.arange(counts[part[-1]])
+            table = columns[np.minimum(starts[part, None] + place, len(columns) - 1)]
+            table[place >= counts[part, None]] = -1
+            distances, found = _compare(queries[part], vectors, table)
+            better = distances < nearest[part]
+            nearest[part[better]], index[part[better]] = distances[better], found[better]

@@ -14,9 +14,9 @@ from openvino_export.search import CELLS, SMALLEST_CELL, NearestNeighbors, produ
 Array = NDArray[np.float32]
 
 
-def assert_exact(bank: Array, queries: Array, threads: int = 2) -> None:
+def assert_exact(bank: Array, queries: Array) -> None:
     """Compare with all distances in double precision."""
-    distances, index = NearestNeighbors(bank).search(queries, threads)
+    distances, index = NearestNeighbors(bank).search(queries)
     differences = queries[:, None].astype(np.float64) - bank[None]
     every = np.sqrt((differences**2).sum(axis=2))
     # As precisely as the values themselves are known.
@@ -36,7 +36,6 @@ def assert_exact(bank: Array, queries: Array, threads: int = 2) -> None:
     tightness=st.sampled_from([0.0, 1e-4, 0.1, 1.0]),
     scale=st.sampled_from([1e-6, 1.0, 1e6]),
     offset=st.sampled_from([0.0, 1.0, 1e3]),
-    threads=st.sampled_from([1, 2, 3]),
 )
 def test_equals_comparing_all(
     seed: int,
@@ -47,7 +46,6 @@ def test_equals_comparing_all(
     tightness: float,
     scale: float,
     offset: float,
-    threads: int,
 ) -> None:
     """For duplicates, clusters, data of low rank, far from the origin, tiny and huge, and queries away from all."""
     rng = np.random.default_rng(seed)
@@ -61,7 +59,7 @@ def test_equals_comparing_all(
 
     bank = draw(count)
     away = (rng.normal(size=(20, dimension)) * 30 * scale).astype(np.float32)
-    assert_exact(bank, np.concatenate([draw(60), bank[rng.integers(count, size=20)], away]), threads)
+    assert_exact(bank, np.concatenate([draw(60), bank[rng.integers(count, size=20)], away]))
 
 
 def test_as_many_cells_as_the_bank_fills() -> None:
@@ -90,7 +88,7 @@ def test_most_distances_are_never_computed() -> None:
     search = NearestNeighbors(bank)
     queries = bank[:256] + (0.2 * rng.normal(size=(256, 152)) * scales).astype(np.float32)
     points, near, nearest, _ = search._begin(queries)
-    rows, _ = search._candidates(points, near.T.copy(), range(len(search.blocks)))
+    rows, _ = search._candidates(points, near)
     assert len(rows) < 0.01 * near.size / len(search.blocks) * len(bank)
     assert (np.abs(search.search(queries)[0] - np.sqrt(nearest)) > 1e-3).any(), "the own cell does not suffice"
 
