@@ -2,6 +2,7 @@
 """The command ``anomalib-ext``; what one model does on one data set is done by Anomalib's own ``anomalib``."""
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ def main() -> None:
     """Run a subcommand."""
     from jsonargparse import ArgumentParser, auto_cli
 
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would report its use to its makers
     # Deprecations inside Anomalib and Lightning's hints do not concern the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="lightning")

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learn a stream of product variants, one after another, and evaluate all known ones after each."""
 
-import csv
-import io
 import json
 import math
 import re
@@ -29,7 +27,7 @@ from rich.table import Table
 
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.data.multi_category import MEAN
-from anomalib_ext.models.components.training import replacing
+from anomalib_ext.models.components.training import replacing, write_table
 from anomalib_ext.plots import heat_map, to_array
 
 METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score")
@@ -72,8 +70,6 @@ def learn_stream(
     names = list(data.datamodules)
     results_dir = Path(results_dir)
     hparams = {"model": type(model).__name__, **model.hparams, "variants": names, "seed": seed}
-    with replacing(results_dir / "hparams.json") as file:
-        file.write(json.dumps(hparams, default=str, indent=2).encode())
     seed_everything(seed, verbose=False)
     model.visualizer = None
     console = Console()
@@ -108,9 +104,11 @@ def learn_stream(
                 values[f"{MEAN}/{key}"] = float(np.mean(measured)) if measured else math.nan
             values = {key: value for key, value in values.items() if not math.isnan(value)}
             metrics += [{"step": step, "name": key, "value": value} for key, value in values.items()]
-            _write(metrics, results_dir / "metrics.csv")
-            _write(scores, results_dir / "scores.csv")
-            _write(results, results_dir / "results.csv")  # at the end, so that the others hold each step in it
+            with replacing(results_dir / "hparams.json") as file:
+                file.write(json.dumps(hparams, default=str, indent=2).encode())
+            write_table(metrics, results_dir / "metrics.csv")
+            write_table(scores, results_dir / "scores.csv")
+            write_table(results, results_dir / "results.csv")  # at the end, so that the others hold each step in it
             matrix = {(row["learned"], row["variant"]): row["image_AUROC"] for row in results}
             pictures["R/image_AUROC"] = to_array(heat_map(matrix, names, "image_AUROC"))
             for each in loggers:
@@ -248,16 +246,6 @@ def _log_picture(logger: Logger, name: str, picture: NDArray[np.uint8], step: in
         logger.add_image(picture, name, global_step=step)
 
 
-def _write(rows: list[Row], path: Path) -> None:
-    """Write all at once: an interrupted stream leaves the table of the step before."""
-    with replacing(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.DictWriter(text, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()
-
-
 def _table(rows: list[Row], names: list[str], metric: str) -> Table:
     """Values of one metric: a row for each step, a column for each variant, and their mean."""
     table = Table(title=f"{metric} of each variant after each step")
@@ -265,6 +253,8 @@ def _table(rows: list[Row], names: list[str], metric: str) -> Table:
         table.add_column(heading)
     for name in names:
         values = {row["variant"]: float(row[metric]) for row in rows if row["learned"] == name}
-        cells = [f"{values[known]:.3f}" if known in values else "" for known in names]
-        table.add_row(name, *cells, f"{sum(values.values()) / len(values):.3f}")
+        measured = [value for value in values.values() if not math.isnan(value)]
+        cells = [values.get(known, math.nan) for known in names]
+        cells.append(sum(measured) / len(measured) if measured else math.nan)
+        table.add_row(name, *("" if math.isnan(value) else f"{value:.3f}" for value in cells))
     return table

@@ -123,11 +123,8 @@ class ContinualPatchCoreLearner(Learner):
         self.memory.commit()
         if task is None:
             return
-        patches = task.validation.patches.flatten(1, 2).numpy()
-        kept = [
-            self.memory.calibration_patches(task.variant, image, nearest(image, self.memory.vectors)[0])
-            for image in patches
-        ]
+        patches, vectors = task.validation.patches.flatten(1, 2).numpy(), self.memory.vectors
+        kept = [self.memory.calibration_patches(task.variant, image, nearest(image, vectors)[0]) for image in patches]
         self.memory.calibrate(task.variant, np.stack(kept), task.validation.labels.numpy())
 
     def predict(self, images: Images, task: Task) -> Any:  # noqa: ANN401  # with variant

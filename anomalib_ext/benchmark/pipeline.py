@@ -3,7 +3,6 @@
 
 import csv
 import ctypes
-import io
 import json
 import re
 import time
@@ -24,7 +23,7 @@ from rich.console import Console
 
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.models import ContinualPatchCore
-from anomalib_ext.models.components.training import replacing
+from anomalib_ext.models.components.training import replacing, write_table
 from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
 
 from .learners import LEARNERS, ContinualPatchCoreLearner, Joint, Learner
@@ -189,12 +188,7 @@ class Results:
     def add(self, rows: Sequence[Row]) -> None:
         """Write further rows."""
         self.rows = [*self.rows, *rows]
-        with replacing(self.folder / "results.csv") as file:
-            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-            writer = csv.DictWriter(text, list(vars(rows[0])))
-            writer.writeheader()
-            writer.writerows(vars(row) for row in self.rows)
-            text.detach()
+        write_table([vars(row) for row in self.rows], self.folder / "results.csv")
 
     def _states(self, run: str) -> list[Path]:
         return sorted((self.folder / "state").glob(f"{run}-step*.safetensors"))

@@ -33,7 +33,10 @@ def compare(
     if not paths:
         msg = f"There is no results.csv in {results}. Run `anomalib benchmark` first, or name the folder it wrote into."
         raise FileNotFoundError(msg)
+    # Each run has a folder named by its time, so the last of several for the same job is the newest.
     measured = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+    jobs = [column for column in measured if column.startswith(("data.", "model."))]
+    measured = measured.drop_duplicates(jobs, keep="last", ignore_index=True)
     kinds = {column: measured[f"{column}.class_path"].str.rsplit(".", n=1).str[-1] for column in ("data", "model")}
     lines = []
     for (dataset, model), rows in measured.groupby([kinds["data"], kinds["model"]], sort=False):

@@ -140,20 +140,21 @@ def _fill(metric: TaskMatrix, rows: Sequence[Row], field: str) -> TaskMatrix:
 def _summary(rows: Sequence[Row], field: str) -> str:
     """A row for each learner; figures are means over the orders, with the standard deviation."""
     groups = _groups(rows, "learner", "order")
-    joint: dict[int, dict[str, float]] = defaultdict(dict)  # by order and size
+    joint: dict[int, dict[str, float]] = defaultdict(dict)  # by order and number of vectors
     for (learner, order), own in groups.items():
         if learner.startswith(Joint.title):
             joint[order][_size(learner)] = float(_fill(AverageValue(), own, field).compute())
     figures = defaultdict(list)
     for (learner, order), own in groups.items():
         metrics: list[TaskMatrix] = [AverageValue(), IncrementalAverage(), ForgettingMeasure(), BackwardTransfer()]
-        reference = joint[order].get(_size(learner), max(joint[order].values(), default=0.0))
-        if reference > 0:
-            metrics.append(RelativeGap(reference))
-        figures[learner].append([float(_fill(metric, own, field).compute()) for metric in metrics])
+        values = [float(_fill(metric, own, field).compute()) for metric in metrics]
+        largest = max(joint[order], key=int, default="")
+        reference = joint[order].get(_size(learner), joint[order].get(largest, 0.0))
+        gap = float(_fill(RelativeGap(reference), own, field).compute()) if reference > 0 else np.nan
+        figures[learner].append([*values, gap])
     lines = [[learner, *_spread(values)] for learner, values in figures.items()]
     header = ["learner, vectors", "average at the end", "average over steps", "forgetting", "backward transfer"]
-    return table([*header, "relative gap to joint"][: len(lines[0])], lines)
+    return table([*header, "relative gap to joint"], lines)
 
 
 def _size(learner: str) -> str:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models do alike in a trainer: safe checkpoints, and image files that are refused or named when unreadable."""
+"""What models do alike in a trainer: safe files, and image files that are refused or named when unreadable."""
 
+import csv
+import io
 import logging
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -127,6 +129,21 @@ def replacing(path: Path) -> Generator[BinaryIO]:
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a CSV file all at once, so that an interruption leaves the one before.
+
+    Args:
+        rows: At least one; the keys of the first are the header.
+        path: The file.
+    """
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.DictWriter(text, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+        text.detach()
 
 
 def check_files(paths: Sequence[str] | None) -> None:

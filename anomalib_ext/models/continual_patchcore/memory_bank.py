@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # An image belongs to a variant if its mean embedding lies within this share of the variant's spread of the prototype.
 # Between what own images and what those of other products reach on real data, see docs/benchmarks.md.
 MEMBERSHIP = 0.5
