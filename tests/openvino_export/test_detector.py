@@ -15,12 +15,14 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from anomalib.engine import Engine
 from PIL import Image
 from torchvision.transforms.v2 import Resize
 
 from anomalib_ext.models import ContinualPatchCore
+from anomalib_ext.models.continual_patchcore.tables import graph_tables
 from openvino_export import EdgeDetector
-from openvino_export.bundle import BundleError, read, undo
+from openvino_export.bundle import BundleError, core, grown, read, undo
 from openvino_export.detector import SUSPICION, Prediction
 from openvino_export.images import load, resize
 
@@ -299,6 +301,16 @@ def test_two_processes(bundle: Path, good: dict[str, list[Path]]) -> None:
     third.learn(good["checks"][:2], "checks")
     third.save()
     assert list(EdgeDetector(bundle).info()["variants"]) == ["stripes", "dots", "checks"]
+
+
+def test_a_grown_graph_describes_itself_to_model_api(trained: ContinualPatchCore, tmp_path: Path) -> None:
+    """As it did before its tables grew, if it was exported for images of one size."""
+    path = Path(Engine(logger=False).export(trained, "openvino", tmp_path, input_size=(64, 64)))
+    bank = trained.model.bank
+    tables = graph_tables(bank, bank.vectors.shape[1], 2 * read(path.parent).metadata["variant_capacity"])
+    model = core().read_model(*grown(path.read_bytes(), path.with_suffix(".bin").read_bytes(), tables))
+    assert model.get_rt_info(["model_info", "model_type"]).astype(str) == "AnomalyDetection"
+    assert model.inputs[0].partial_shape.to_string() == "[?,3,64,64]"
 
 
 def test_more_variants_than_the_graph_has_room_for(
