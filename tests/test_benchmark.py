@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anomalib_ext.benchmark import benchmark, compare, pipeline
-from anomalib_ext.benchmark.learners import Cadic, Reservoir
-from anomalib_ext.benchmark.report import METRICS, Row, write_report
+from anomalib_ext.benchmark.learners import Cadic, Joint, Reservoir
+from anomalib_ext.benchmark.report import METRICS, Row, _summary, write_report
 from anomalib_ext.benchmark.tasks import DRIFTS, Images, Task, mixed_stream, product_streams
 from anomalib_ext.data import MultiCategory
 
@@ -307,6 +307,34 @@ def test_results_of_the_pipeline_beside_published_ones(tmp_path: Path) -> None:
     assert "Visa" not in text
     with pytest.raises(FileNotFoundError, match=r"There is no results\.csv in .* Run `anomalib benchmark` first"):
         compare(PUBLISHED.parent, PUBLISHED)
+
+
+def test_of_several_runs_of_the_pipeline_the_last_counts(tmp_path: Path) -> None:
+    """Not their mean, and the product is counted once."""
+    for day, value in (("2026-01-01", 0.5), ("2026-01-02", 0.9)):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / "results.csv").write_text(
+            "model.class_path,data.class_path,data.init_args.category,image_AUROC\n"
+            f"RdAkf,anomalib.data.MVTecAD,bottle,{value}\n"
+        )
+    assert "| MVTecAD | RdAkf | measured, categories: 1 | 90.0 |" in compare(tmp_path, PUBLISHED)
+
+
+def test_gap_is_to_the_largest_joint_bank() -> None:
+    """Where there is none as large; and empty in an order without joint selection."""
+
+    def row(learner: str, order: int, value: float) -> Row:
+        return Row("products", order, learner, 1, "a", "a", value, *[0.0] * 9)
+
+    rows = [
+        row(f"{Joint.title}, 10000", 1, 0.90),
+        row(f"{Joint.title}, 2000", 1, 0.95),
+        row("reservoir, 1000", 1, 0.81),
+    ]
+    last = _summary(rows, "image_AUROC").splitlines()[-1]
+    assert last.split("|")[-2].strip() == "0.1000"
+    last = _summary([*rows, row("reservoir, 1000", 2, 0.81)], "image_AUROC").splitlines()[-1]
+    assert last.split("|")[-2].strip() == ""
 
 
 @pytest.mark.parametrize("name", ["mvtec_ad", "visa", "folder"])

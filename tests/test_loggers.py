@@ -176,7 +176,7 @@ def test_mlflow_pictures_of_mistakes(server: str, make_data: Make, make_model: M
 
 
 def test_a_stream_that_fails_is_marked_so(server: str, make_data: Make, make_model: Make, tmp_path: Path) -> None:
-    """The run does not stay open, and keeps the steps that were finished."""
+    """The run does not stay open."""
     from mlflow import MlflowClient
 
     class Failing(PostProcessor):

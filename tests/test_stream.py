@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from anomalib.metrics import AUROC, Evaluator, F1Score
 from anomalib.models import ContinualPatchCore, SaCfaPatchCore
 from PIL import Image
 
+from anomalib_ext import stream
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.plots import heat_map
 from anomalib_ext.report import report
@@ -111,6 +113,19 @@ def test_a_model_without_a_bank_of_variants(make_data: Make, tmp_path: Path) -> 
     assert len(read(tmp_path / "scores.csv")) == 12
 
 
+def test_a_run_that_finishes_no_step_leaves_the_one_before(
+    make_data: Make, make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing in its folder is of another run than the rest."""
+    (tmp_path / "hparams.json").write_text("before")
+
+    monkeypatch.setattr(stream.Engine, "fit", Mock(side_effect=RuntimeError("as asked")))
+    with pytest.raises(RuntimeError, match="as asked"):
+        learn_stream(make_model(), MultiCategory([make_data("stripes")]), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["hparams.json"]
+    assert (tmp_path / "hparams.json").read_text() == "before"
+
+
 def test_a_variant_without_masks(products: Path, make_data: Make, make_model: Make, tmp_path: Path) -> None:
     """It has no metrics of pixels, and the mean is that of the others."""
     folders = {"normal_dir": "train/good", "abnormal_dir": "test/hole", "normal_test_dir": "test/good"}
@@ -121,6 +136,8 @@ def test_a_variant_without_masks(products: Path, make_data: Make, make_model: Ma
     assert "plain/pixel_AUROC" not in values
     assert values["mean/pixel_AUROC"] == values["stripes/pixel_AUROC"]
     assert [np.isnan(row["pixel_AUROC"]) for row in results] == [False, False, True]
+    cells = [list(column.cells) for column in stream._table(results, ["stripes", "plain"], "pixel_AUROC").columns]
+    assert (cells[2], cells[3]) == (["", ""], cells[1])  # of the other variant, and the mean
     assert len(heat_map({("a", "a"): np.nan}, ["a"], "pixel_AUROC").axes[0].texts) == 0
     report(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
