@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact nearest neighbors of the patches of an image in a memory bank, on a CPU, without comparing all with all.
 
-Three bounds, the cheap ones first, leave less than one in a hundred of the distances to be computed; ours, from two
-known facts, the triangle inequality and that projecting on an orthonormal basis lengthens no vector:
+Three bounds, the cheap ones first, leave less than one in a hundred of the distances to be computed; ours, from known
+facts:
 
 * Points are projected on the leading principal axes of the bank; the length of what remains is one more coordinate.
   No distance is larger there (Cauchy and Schwarz), so it is a lower bound.
-* There, the bank is divided into cells. The true distances to the vectors of a query's own cell give an upper bound of
-  the distance to its nearest neighbor, and a cell whose ball lies farther away is not looked at.
-* Of the other cells, one matrix product gives the lower bounds. Only the vectors with a lower bound below the upper
-  one are compared in all dimensions.
+* There, the bank is divided into cells. The true distance to the vector of a query's own cell that is nearest there is
+  an upper bound. The vectors of another cell lie beyond some plane between the centers of both; if that is farther from
+  the query than the upper bound, the cell is not looked at (the hyperplane bound of metric trees).
+* Of the cells that are left, one matrix product each gives the lower bounds. Only the vectors with a lower bound below
+  the upper one are compared in all dimensions.
 
 Every bound allows for the rounding of float32, so that the result is that of comparing all, up to rounding.
 """
@@ -35,6 +36,8 @@ SMALLEST_CELL = 32  # on average
 # Matrix products of no more than this many multiplications stay on the thread that asks OpenBLAS for them. Its own
 # threads would go on spinning when they are done, and keep OpenVINO's from the processor.
 LARGEST_PRODUCT = 4 * 65536
+# No more lower bounds than this are held at once, 64 MiB.
+LARGEST_TABLE = 2**24
 # Relative error of a squared distance that is computed as a difference of squares; with a margin of ten.
 ROUNDING = 1e-5
 
@@ -65,21 +68,24 @@ class NearestNeighbors:
         self.order = np.argsort(cells, kind="stable")
         self.vectors = np.ascontiguousarray(vectors[self.order], dtype=np.float32)
         points = points[self.order]
-        ends = np.cumsum(np.bincount(cells, minlength=len(centers)))
-        self.bounds = list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
+        self.lengths = np.bincount(cells, minlength=len(centers))
+        ends = np.cumsum(self.lengths)
+        self.starts = ends - self.lengths
+        parts = [slice(*ends) for ends in zip(self.starts, ends, strict=True)]
         squares = np.einsum("ij,ij->i", points, points)
-        self.largest = float(squares.max())
+        self.points, self.largest = points, float(squares.max())
         # A query ends with a one, which adds the square, and with what the sum may reach at most, which is subtracted.
         blocks = np.concatenate([-2 * points, squares[:, None], np.full((len(points), 1), -1, np.float32)], axis=1)
-        self.blocks = [blocks[first:last].T.copy() for first, last in self.bounds]
+        self.blocks = [blocks[part].T.copy() for part in parts]
         self.centers = np.concatenate([-2 * centers, np.einsum("ij,ij->i", centers, centers)[:, None]], axis=1).T.copy()
-        self.radii = np.array([
-            np.linalg.norm(points[first:last] - center, axis=1).max()
-            for (first, last), center in zip(self.bounds, centers, strict=True)
-        ])
-        self.members = np.full((len(centers), max(last - first for first, last in self.bounds)), -1, np.int64)
-        for cell, (first, last) in enumerate(self.bounds):
-            self.members[cell, : last - first] = np.arange(first, last)
+        self.twice_apart = 2 * np.linalg.norm(centers[:, None] - centers, axis=2)
+        # By how much vectors of a cell (column) are nearer to its center than to another's (row), at least; in squares.
+        to_centers = product(np.concatenate([points, np.ones((len(points), 1), np.float32)], axis=1), self.centers)
+        self.nearer = np.stack(
+            [(to_centers[part] - to_centers[part, cell, None]).min(axis=0) for cell, part in enumerate(parts)], axis=1
+        )
+        self.members = np.full((len(centers), self.lengths.max()), -1, np.int64)
+        self.members[np.arange(self.lengths.max()) < self.lengths[:, None]] = np.arange(len(points))
 
     @single_threaded()
     def search(self, queries: Array) -> tuple[Array, NDArray[np.int64]]:
@@ -92,19 +98,26 @@ class NearestNeighbors:
             Distance of each query to its nearest vector, and the index of that vector, each of shape `(m,)`.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
+        parts = np.array_split(queries, max(1, -(-len(queries) * len(self.vectors) // LARGEST_TABLE)))
+        found = [self._search(part) for part in parts]
+        return np.concatenate([np.sqrt(nearest) for nearest, _ in found]), np.concatenate([i for _, i in found])
+
+    def _search(self, queries: Array) -> tuple[Array, NDArray[np.int64]]:
+        """Squared distances and indices of the nearest vectors."""
         points, near, nearest, index = self._begin(queries)
-        if len(self.blocks) > 1:
-            rows, columns = self._candidates(points, near)
-            _improve(queries, self.vectors, nearest, index, rows, columns)
-        return np.sqrt(nearest), self.order[index]
+        rows, columns = self._candidates(points, near)
+        distances = _distances(queries, rows, self.vectors, columns)
+        np.minimum.at(nearest, rows, distances)
+        best = distances == nearest[rows]
+        index[rows[best]] = columns[best]
+        return nearest, self.order[index]
 
     def _begin(self, queries: Array) -> tuple[Array, NDArray[np.bool_], Array, NDArray[np.int64]]:
-        """Project queries, and compare them with the vectors of their own cell.
+        """Project queries, and compare each with the vector of its own cell that is nearest there.
 
         Returns:
             The projected queries, whose products with a block are positive where a vector is not nearer; which cells
-            may hold a nearer vector, shape `(m, cells)`; squared distance to the nearest in the own cell, and its
-            index.
+            may hold a nearer vector, shape `(m, cells)`; squared distance to the vector compared with, and its index.
         """
         projected = self._project(queries)
         squares = np.einsum("ij,ij->i", projected, projected)
@@ -112,25 +125,35 @@ class NearestNeighbors:
         rounding = ROUNDING * (squares + self.largest)
         to_centers = product(points[:, :-1], self.centers)
         own = to_centers.argmin(axis=1)
-        nearest, index = _compare(queries, self.vectors, self.members[own])
-        to_centers += (squares - rounding)[:, None]
-        np.sqrt(np.maximum(to_centers, 0, out=to_centers), out=to_centers)
-        near = to_centers <= self.radii + (np.sqrt(nearest) + 1e-3 * np.sqrt(rounding))[:, None]
-        near[np.arange(len(queries)), own] = False  # is compared already
+        every = np.arange(len(queries))
+        index = _nearest(projected, self.points, self.members[own])
+        nearest = _distances(queries, every, self.vectors, index)
+        # The planes are where the squared distances to two centers differ by as much as for no vector of the cell.
+        to_centers -= (to_centers[every, own] + 4 * rounding)[:, None]
+        to_centers += self.nearer[own]
+        reach = self.twice_apart[own]
+        reach *= (np.sqrt(nearest) + 1e-3 * np.sqrt(rounding))[:, None]
         points[:, -1] = nearest - squares + rounding
-        return points, near, nearest, index
+        return points, to_centers <= reach, nearest, index
 
     def _candidates(self, points: Array, near: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Pairs of a query and a vector of a near cell that may be nearer than the nearest so far."""
-        rows, columns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for cell, ((first, last), visited) in enumerate(zip(self.bounds, near.T.copy(), strict=True)):
-            visitors = visited.nonzero()[0]
-            if len(visitors):
-                below = product(points.take(visitors, axis=0), self.blocks[cell]) <= 0
-                row, column = np.divmod(below.ravel().nonzero()[0], last - first)
-                rows.append(visitors[row])
-                columns.append(column + first)
-        return np.concatenate(rows), np.concatenate(columns)
+        visits = near.T.ravel().nonzero()[0]  # all cells in turn
+        visitors = visits % max(1, len(points))
+        ends = np.searchsorted(visits, len(points) * np.arange(1, len(self.blocks) + 1))
+        table_ends = np.cumsum(np.diff(ends, prepend=0) * self.lengths)
+        table = np.empty(table_ends[-1], np.float32)
+        visiting = points.take(visitors, axis=0)
+        first = place = 0
+        for block, last, end in zip(self.blocks, ends.tolist(), table_ends.tolist(), strict=True):
+            if last > first:
+                product(visiting[first:last], block, table[place:end].reshape(last - first, -1))
+            first, place = last, end
+        found = (table <= 0).nonzero()[0]
+        cells = np.repeat(np.arange(len(ends)), np.diff(np.searchsorted(found, table_ends), prepend=0))
+        lengths = self.lengths[cells]
+        rows, columns = np.divmod(found - table_ends[cells], lengths)  # counted from the end of the cell's part
+        return visitors[ends[cells] + rows], self.starts[cells] + columns
 
     def _project(self, vectors: Array) -> Array:
         """Coordinates on the principal axes and the length of the rest, shape `(n, axes + 1)`."""
@@ -141,17 +164,17 @@ class NearestNeighbors:
         return np.concatenate([projected, np.sqrt(np.einsum("ij,ij->i", centered, centered))[:, None]], axis=1)
 
 
-def product(left: Array, right: Array) -> Array:
+def product(left: Array, right: Array, out: Array | None = None) -> Array:
     """Matrix product, computed on the calling thread."""
     (rows, inner), columns = left.shape, right.shape[1]
+    out = np.empty((rows, columns), np.float32) if out is None else out
     step = max(1, LARGEST_PRODUCT // (inner * columns))
     whole = rows - rows % step
-    result = np.empty((rows, columns), np.float32)
     if whole:
-        np.matmul(left[:whole].reshape(-1, step, inner), right, out=result[:whole].reshape(-1, step, columns))
+        np.matmul(left[:whole].reshape(-1, step, inner), right, out=out[:whole].reshape(-1, step, columns))
     if whole < rows:
-        np.matmul(left[whole:], right, out=result[whole:])
-    return result
+        np.matmul(left[whole:], right, out=out[whole:])
+    return out
 
 
 def _divide(points: Array, count: int) -> tuple[Array, NDArray[np.int64]]:
@@ -172,16 +195,15 @@ def _divide(points: Array, count: int) -> tuple[Array, NDArray[np.int64]]:
     return centers, cells
 
 
-def _compare(queries: Array, vectors: Array, chosen: NDArray[np.int64]) -> tuple[Array, NDArray[np.int64]]:
-    """Squared distance to the nearest of the vectors `chosen` for each query, and its index; -1 ends a row."""
+def _nearest(queries: Array, vectors: Array, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Index of the nearest of the vectors `chosen` for each query; -1 ends a row."""
     import faiss
 
     library: Any = faiss
     distances = np.empty(len(queries), np.float32)
     indices = np.empty(len(queries), np.int64)
-    chosen = np.ascontiguousarray(chosen)
     library.knn_L2sqr_by_idx(
-        *(faiss.swig_ptr(array) for array in (queries, vectors, chosen)),
+        *(faiss.swig_ptr(np.ascontiguousarray(array)) for array in (queries, vectors, chosen)),
         vectors.shape[1],
         len(queries),
         len(vectors),
@@ -191,29 +213,15 @@ def _compare(queries: Array, vectors: Array, chosen: NDArray[np.int64]) -> tuple
         faiss.swig_ptr(indices),
         chosen.shape[1],
     )
-    return distances, indices
+    return indices
 
 
-def _improve(
-    queries: Array,
-    vectors: Array,
-    nearest: Array,
-    index: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    columns: NDArray[np.int64],
-) -> None:
-    """Compare pairs of a query and a vector, and keep what is nearer."""
-    counts = np.bincount(rows, minlength=len(queries))
-    starts = np.cumsum(counts) - counts
-    # NumPy sorts 16 bits by radix.
-    columns = columns[np.argsort(rows.astype(np.uint16 if len(queries) < 2**16 else np.int64), kind="stable")]
-    by_count = np.argsort(counts, kind="stable")
-    # Queries of similar counts together, so that few places of a table remain empty.
-    for part in np.array_split(by_count[np.searchsorted(counts[by_count], 1) :], 8):
-        if len(part):
-            place = np.arange(counts[part[-1]])
-            table = columns[np.minimum(starts[part, None] + place, len(columns) - 1)]
-            table[place >= counts[part, None]] = -1
-            distances, found = _compare(queries[part], vectors, table)
-            better = distances < nearest[part]
-            nearest[part[better]], index[part[better]] = distances[better], found[better]
+def _distances(queries: Array, rows: NDArray[np.int64], vectors: Array, columns: NDArray[np.int64]) -> Array:
+    """Squared distance of each pair of a query and a vector."""
+    import faiss
+
+    library: Any = faiss
+    distances = np.empty(len(rows), np.float32)
+    pointers = (faiss.swig_ptr(array) for array in (queries, rows, vectors, columns, distances))
+    library.pairwise_indexed_L2sqr(vectors.shape[1], len(rows), *pointers)
+    return distances

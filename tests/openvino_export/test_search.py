@@ -73,7 +73,7 @@ def test_as_many_cells_as_the_bank_fills() -> None:
     queries[::10] *= 5
     full = NearestNeighbors(bank)
     assert len(full.blocks) > CELLS // 2
-    assert sum(last - first for first, last in full.bounds) == len(bank)
+    assert full.lengths.sum() == len(bank)
     assert len(NearestNeighbors(bank[:40]).blocks) == 1
     assert_exact(bank, queries)
     assert_exact(bank[:40], queries)
@@ -88,9 +88,31 @@ def test_most_distances_are_never_computed() -> None:
     search = NearestNeighbors(bank)
     queries = bank[:256] + (0.2 * rng.normal(size=(256, 152)) * scales).astype(np.float32)
     points, near, nearest, _ = search._begin(queries)
+    assert near.mean() < 0.5
     rows, _ = search._candidates(points, near)
-    assert len(rows) < 0.01 * near.size / len(search.blocks) * len(bank)
+    assert len(rows) < 0.01 * len(queries) * len(bank)
     assert (np.abs(search.search(queries)[0] - np.sqrt(nearest)) > 1e-3).any(), "the own cell does not suffice"
+
+
+def test_no_more_bounds_at_once_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many queries are searched for in parts, with the same result."""
+    rng = np.random.default_rng(4)
+    bank, queries = (rng.normal(size=(count, 12)).astype(np.float32) for count in (3000, 501))
+    search = NearestNeighbors(bank)
+    whole = search.search(queries)
+    sizes = []
+    candidates = search._candidates
+
+    def watched(points: Array, near: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        sizes.append(len(points) * len(bank))
+        return candidates(points, near)
+
+    monkeypatch.setattr(search, "_candidates", watched)
+    monkeypatch.setattr("openvino_export.search.LARGEST_TABLE", 2**17)
+    parts = search.search(queries)
+    assert len(sizes) == 12
+    assert max(sizes) <= 2**17
+    assert all(np.array_equal(one, other) for one, other in zip(parts, whole, strict=True))
 
 
 def test_no_query() -> None:

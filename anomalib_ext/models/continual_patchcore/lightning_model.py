@@ -35,7 +35,7 @@ from .graph import bundle_of
 from .memory_bank import MemoryBank, Report
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
-from .views import FEW_IMAGES, are_few, calibrate_from_views
+from .views import CALIBRATION_IMAGES, are_few, calibrate_from_views
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             loaded brings its own, and its own precision.
         num_neighbors: Neighbors that weigh the image score. With the default of 1 the score is the largest patch
             distance, which no later learning can raise by more than the radius bound; weighing breaks that promise.
-        one_shot: Whether a variant of at most 16 images is learned with augmented views of them. Images without a
+        one_shot: Whether a variant of at most 4 images is learned with augmented views of them. Images without a
             name are counted by call.
         variant: Name of the variant that is learned. By default it is the category or the name of the datamodule,
             with ``MultiCategory`` the category of each image, and found from the images where there is none.
@@ -293,7 +293,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             names = self.model.learn(images, label, augment=label not in self._many)
             for image, name in zip(images, names, strict=True):
                 if name is not None:
-                    self._recent[name] = [*self._recent.get(name, []), image][-FEW_IMAGES:]
+                    self._recent[name] = [*self._recent.get(name, []), image][-CALIBRATION_IMAGES:]
 
     def _undo(self) -> None:
         """Forget what was learned since the beginning of an update that is under way."""
