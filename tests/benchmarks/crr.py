@@ -24,7 +24,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch import Callback, seed_everything
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics.functional.classification import binary_average_precision
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from anomalib_ext.data import AnomalySynthesis, MultiCategory
 from anomalib_ext.models.crr.lightning_model import ENCODER
@@ -32,6 +32,7 @@ from anomalib_ext.models.crr.torch_model import MAP_SIDE, CrrModel
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "Crr": {},
+    "Crr, no head": {"stage": "repair"},
     "Crr, no repair": {"stage": "repair", "repair": False},
     "Crr, no mask": {"stage": "repair", "mask_ratio": 0.0},
     "Dinomaly": {"stage": "repair", "repair": False, "mask_ratio": 0.0},
@@ -98,8 +99,8 @@ class _Losses(Callback):
         self.seconds[self.stage].append(time.perf_counter() - self.started)
 
 
-def _fit(settings: Settings, data: MultiCategory, **kwargs) -> tuple[Crr, _Losses]:
-    seed_everything(0)
+def _fit(settings: Settings, data: MultiCategory, seed: int, **kwargs) -> tuple[Crr, _Losses]:
+    seed_everything(seed)
     model = Crr(
         settings.encoder,
         settings.pre_trained,
@@ -171,12 +172,13 @@ def _precision(model: Crr, synthetic: Sequence[tuple[torch.Tensor, torch.Tensor]
     return {**result, "chance": float(target.float().mean())}
 
 
-def learn(settings: Settings, variants: list[str] = list(VARIANTS)) -> None:  # noqa: B006
+def learn(settings: Settings, variants: list[str] = list(VARIANTS), seeds: list[int] = [0]) -> None:  # noqa: B006
     """Train variants with equal seeds and steps, and compare them.
 
     Args:
         settings: What all trainings have in common.
         variants: Names in `VARIANTS`.
+        seeds: Seeds of the weights, the encoder's too, of the batches and of the anomalies.
     """
     data = MultiCategory(
         root=settings.root,
@@ -187,35 +189,61 @@ def learn(settings: Settings, variants: list[str] = list(VARIANTS)) -> None:  # 
     data.setup()
     labels = np.array(data.test_data.samples.label_index)
     good, bad = ([data.test_data[int(i)] for i in np.flatnonzero(labels == kind)] for kind in (0, 1))
-    rows = []
-    for name in variants:
-        model, losses = _fit(settings, data, **VARIANTS[name])
-        if name == "Crr":
-            _tell_losses(losses)
-        synthesis = AnomalySynthesis(seed=1)
-        clean = list(_images(model, good, settings.images))
-        defects = [(image, *synthesis(image, path)) for image, _, path in clean]
-        if name == "Crr":
-            _tell_precision(_precision(model, [(changed, mask) for _, changed, mask in defects]))
-        repaired, synthetic, normal, real = [], [], [], []
-        for image, changed, mask in defects:
-            distance = _distances(model, image, changed)
-            inside = _inside(mask, distance.shape)
-            repaired.append(distance[inside])
-            synthetic.append(_distances(model, changed, changed)[inside])
-            normal.append(_distances(model, image, image).flatten())
-        for image, mask, _ in _images(model, bad, settings.images):
-            distance = _distances(model, image, image)
-            real.append(distance[_inside(mask, distance.shape)])
-        means = [float(torch.cat(each).mean()) for each in (repaired, synthetic, real, normal)]
-        rows.append((name, *means, means[2] / means[3]))
-    print(
-        "\n| model | synthetic defects, to clean features | to own features | real defects | normal | real / normal |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, *values in rows:
-        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in values[:-1]) + f" | {values[-1]:.2f} |")
-    print(f"\n{vars(settings)}, {torch.get_num_threads()} threads")
+    found: dict[str, list[list[float]]] = {name: [] for name in variants}
+    for seed in seeds:
+        for name in variants:
+            model, losses = _fit(settings, data, seed, **VARIANTS[name])
+            synthesis = AnomalySynthesis(seed=1)
+            clean = list(_images(model, good, settings.images))
+            defects = [(image, *synthesis(image, path)) for image, _, path in clean]
+            if model.model.head is not None:
+                _tell_losses(losses)
+                _tell_precision(_precision(model, [(changed, mask) for _, changed, mask in defects]))
+            found[name].append(_identity(model, defects, list(_images(model, bad, settings.images))))
+            print(name, seed, *(f"{value:.4f}" for value in found[name][-1]), flush=True)
+    print("\n| model | synthetic, to clean | to own | real | normal | real - normal | real / normal | patch AUROC |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, rows in found.items():
+        means, spreads = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) if len(rows) > 1 else None
+        cells = [
+            f"{mean:.3f}" if spreads is None else f"{mean:.3f} ± {spread:.3f}"
+            for mean, spread in zip(means, means if spreads is None else spreads, strict=True)
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print(f"\n{vars(settings)}, seeds {seeds}, {torch.get_num_threads()} threads")
+
+
+def _identity(
+    model: Crr,
+    defects: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    bad: Sequence[tuple[torch.Tensor, torch.Tensor, str]],
+) -> list[float]:
+    """How far what is decoded is from the encoder's features, in the mean over patches.
+
+    Args:
+        model: Model.
+        defects: Good images, the same with anomalies, and the masks of these.
+        bad: Images with real defects, their masks, and their paths.
+
+    Returns:
+        Cosine distances within synthetic defects to the clean and to the image's own features, within real defects,
+        and on good images; difference and ratio of the last two; and the AUROC with which they tell patches apart.
+    """
+    repaired, synthetic, normal, real = [], [], [], []
+    for image, changed, mask in defects:
+        distance = _distances(model, image, changed)
+        inside = _inside(mask, distance.shape)
+        repaired.append(distance[inside])
+        synthetic.append(_distances(model, changed, changed)[inside])
+        normal.append(_distances(model, image, image).flatten())
+    for image, mask, _ in bad:
+        distance = _distances(model, image, image)
+        real.append(distance[_inside(mask, distance.shape)])
+    values = [torch.cat(each) for each in (repaired, synthetic, real, normal)]
+    means = [float(each.mean()) for each in values]
+    labels = torch.cat([torch.full(each.shape, number) for each, number in zip(values[2:], (1, 0), strict=True)])
+    auroc = float(binary_auroc(torch.cat(values[2:]), labels))
+    return [*means, means[2] - means[3], means[2] / means[3], auroc]
 
 
 def _tell_losses(losses: _Losses) -> None:
