@@ -4,10 +4,12 @@
 Several products are learned as one set, by a small encoder without pretrained weights if no other is named: so the
 figures tell what repair, mask and head change, and nothing about accuracy. Prints Markdown tables:
 
-    python tests/benchmarks/crr.py learn --root datasets --products '[bottle, hazelnut, pill]'
+    python tests/benchmarks/crr.py learn --settings.root datasets
+    python tests/benchmarks/crr.py supply --settings.root datasets --settings.batch 16 --settings.size 448
     python tests/benchmarks/crr.py cost
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from anomalib_ext.data import AnomalySynthesis, MultiCategory
-from anomalib_ext.models.crr.lightning_model import ENCODER
+from anomalib_ext.models.crr.lightning_model import ENCODER, WithAnomalies
 from anomalib_ext.models.crr.torch_model import MAP_SIDE, CrrModel
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -97,6 +99,17 @@ class _Losses(Callback):
         del pl_module, args
         self.losses[self.stage].append(float(trainer.callback_metrics[f"{self.stage}_loss_step"]))
         self.seconds[self.stage].append(time.perf_counter() - self.started)
+
+
+def _data(settings: Settings) -> MultiCategory:
+    data = MultiCategory(
+        root=settings.root,
+        categories=settings.products,
+        train_batch_size=settings.batch,
+        num_workers=settings.workers,
+    )
+    data.setup()
+    return data
 
 
 def _fit(settings: Settings, data: MultiCategory, seed: int, **kwargs) -> tuple[Crr, _Losses]:
@@ -180,13 +193,7 @@ def learn(settings: Settings, variants: list[str] = list(VARIANTS), seeds: list[
         variants: Names in `VARIANTS`.
         seeds: Seeds of the weights, the encoder's too, of the batches and of the anomalies.
     """
-    data = MultiCategory(
-        root=settings.root,
-        categories=settings.products,
-        train_batch_size=settings.batch,
-        num_workers=settings.workers,
-    )
-    data.setup()
+    data = _data(settings)
     labels = np.array(data.test_data.samples.label_index)
     good, bad = ([data.test_data[int(i)] for i in np.flatnonzero(labels == kind)] for kind in (0, 1))
     found: dict[str, list[list[float]]] = {name: [] for name in variants}
@@ -262,6 +269,30 @@ def _tell_precision(precision: dict[str, float]) -> None:
     print(", ".join(f"{name} {value:.3f}" for name, value in precision.items()), end="\n\n", flush=True)
 
 
+def supply(settings: Settings, step_ms: list[int] = [100, 200, 500, 1000]) -> None:  # noqa: B006
+    """Tell how many workers a training needs for never waiting for images.
+
+    Args:
+        settings: Size and number of the images, and what is trained.
+        step_ms: Lengths of steps, of other encoders and machines, to tell it for as well.
+    """
+    data = _data(settings)
+    model, losses = _fit(settings, data, seed=0)
+    loader = data.train_dataloader()
+    loader.collate_fn = WithAnomalies(loader.collate_fn, model.pre_processor.transform.transforms[0], AnomalySynthesis())
+    batches, images, started = iter(loader), 0, time.process_time()
+    while images < 10 * settings.batch:
+        images += len(next(batches).image) // 2
+    rate = images / (time.process_time() - started)
+    print(f"\none worker reads, resizes and puts anomalies on {rate:.0f} images a second of processor time")
+    print(f"\n| a step of {settings.batch} images | images a second | workers |\n| --- | --- | --- |")
+    measured = [(f"{stage}, {settings.encoder}", np.median(seconds)) for stage, seconds in losses.seconds.items()]
+    for name, seconds in [*measured, *(("", milliseconds / 1e3) for milliseconds in step_ms)]:
+        taken = settings.batch / seconds
+        print(f"| {1e3 * seconds:.0f} ms {name} | {taken:.0f} | {math.ceil(taken / rate)} |")
+    print(f"\n{vars(settings)}, {torch.get_num_threads()} threads")
+
+
 def cost(encoder: str = ENCODER, size: int = 392, latency: bool = False, repetitions: int = 3) -> None:
     """Count parameters and multiplications for an image, without head and with either one.
 
@@ -313,4 +344,4 @@ def _milliseconds(encoder: str, size: int, width: int | None, repetitions: int) 
 
 
 if __name__ == "__main__":
-    auto_cli({"learn": learn, "cost": cost}, as_positional=False)
+    auto_cli({"learn": learn, "supply": supply, "cost": cost}, as_positional=False)

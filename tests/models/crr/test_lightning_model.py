@@ -2,9 +2,11 @@
 """Tests of Crr in a trainer: losses, stages, checkpoints."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -198,11 +200,13 @@ def test_two_stages_in_one_fit(make_data: Make, make_engine: Make) -> None:
     assert len(set(watch.first[11:])) == 1
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_resuming_in_either_stage_gives_the_same_end(epoch: int, make_data: Make, make_engine: Make) -> None:
-    """Every tensor is the same as without the kill, whatever the seed of the second start."""
+@pytest.mark.parametrize(("epoch", "workers"), [(1, 2), (3, 0)])
+def test_resuming_in_either_stage_gives_the_same_end(
+    epoch: int, workers: int, make_data: Make, make_engine: Make
+) -> None:
+    """Every tensor is the same as without the kill, whatever the seed of the second start and where images are loaded."""
     kwargs = {"limit_train_batches": 2, "limit_val_batches": 1}
-    data = make_data(train_batch_size=4)
+    data = make_data(train_batch_size=4, num_workers=workers)
 
     def seeded(seed: int) -> Crr:
         torch.manual_seed(seed)
@@ -292,6 +296,16 @@ def test_bfloat16(make_data: Make, make_engine: Make) -> None:
     make_engine(precision="bf16-mixed", limit_val_batches=1).fit(model, datamodule=make_data(train_batch_size=4))
     assert model.model.steps == [2, 2]
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_several_processes_need_no_other_strategy(make_data: Make, make_engine: Make) -> None:
+    """Plain ``ddp`` will do, though in each stage parameters go without gradients; one process fails alike."""
+    model = make_crr(repair_steps=2, segment_steps=2)
+    with mock.patch.dict(os.environ):
+        engine = make_engine(strategy="ddp", devices=1, limit_val_batches=1)
+        engine.fit(model, datamodule=make_data(train_batch_size=4))
+        torch.distributed.destroy_process_group()
+    assert model.model.steps == [2, 2]
 
 
 # Checkpoints
