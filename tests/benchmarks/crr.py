@@ -279,7 +279,9 @@ def supply(settings: Settings, step_ms: list[int] = [100, 200, 500, 1000]) -> No
     data = _data(settings)
     model, losses = _fit(settings, data, seed=0)
     loader = data.train_dataloader()
-    loader.collate_fn = WithAnomalies(loader.collate_fn, model.pre_processor.transform.transforms[0], AnomalySynthesis())
+    loader.collate_fn = WithAnomalies(
+        loader.collate_fn, model.pre_processor.transform.transforms[0], AnomalySynthesis()
+    )
     batches, images, started = iter(loader), 0, time.process_time()
     while images < 10 * settings.batch:
         images += len(next(batches).image) // 2
