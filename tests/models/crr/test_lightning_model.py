@@ -204,7 +204,7 @@ def test_two_stages_in_one_fit(make_data: Make, make_engine: Make) -> None:
 def test_resuming_in_either_stage_gives_the_same_end(
     epoch: int, workers: int, make_data: Make, make_engine: Make
 ) -> None:
-    """Every tensor is the same as without the kill, whatever the seed of the second start and where images are loaded."""
+    """Every tensor is the same as without the kill, whatever the seed of the second start; with workers, too."""
     kwargs = {"limit_train_batches": 2, "limit_val_batches": 1}
     data = make_data(train_batch_size=4, num_workers=workers)
 
