@@ -13,11 +13,12 @@ import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
 from anomalib.models import ReverseDistillation
+from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 from torchvision.tv_tensors import Image
 
 from anomalib_ext.models import Crr
@@ -167,6 +168,10 @@ def test_batches_with_anomalies() -> None:
     assert not torch.equal(batch.image[2:], other.image[2:])
     torch.manual_seed(0)
     assert torch.equal(collate(items).image, batch.image)
+    # The model's pre-processor crops masks like images.
+    PreProcessor(Compose([Resize((32, 16)), CenterCrop((20, 8))])).on_train_batch_start(None, None, batch, 0)
+    assert batch.gt_mask.shape == (4, 20, 8)
+    assert torch.equal((batch.image[2:] != batch.image[:2]).any(dim=1), batch.gt_mask[2:].bool())
 
 
 # Stages
