@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -285,9 +286,9 @@ def supply(settings: Settings, step_ms: list[int] = [100, 200, 500, 1000]) -> No
     loader.collate_fn = WithAnomalies(
         loader.collate_fn, model.pre_processor.transform.transforms[0], AnomalySynthesis()
     )
-    batches, images, started = iter(loader), 0, time.process_time()
-    while images < 10 * settings.batch:
-        images += len(next(batches).image) // 2
+    images, started = 0, time.process_time()
+    for batch in islice(loader, 10):
+        images += len(batch.image) // 2
     rate = images / (time.process_time() - started)
     print(f"\none worker reads, resizes and puts anomalies on {rate:.0f} images a second of processor time")
     print(f"\n| a step of {settings.batch} images | images a second | workers |\n| --- | --- | --- |")

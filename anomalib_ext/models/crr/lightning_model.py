@@ -186,7 +186,7 @@ class Crr(DistillationModule, AnomalibModule):
     # Learning
 
     def setup(self, stage: str) -> None:
-        """As for all models here; and several processes expect that each stage leaves parameters without gradients."""
+        """As for all models here; and plain ``ddp`` is told that each stage leaves parameters without gradients."""
         super().setup(stage)
         if isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)  # noqa: SLF001
