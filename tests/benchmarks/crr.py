@@ -4,13 +4,16 @@
 Several products are learned as one set, by a small encoder without pretrained weights if no other is named: so the
 figures tell what repair, mask and head change, and nothing about accuracy. Prints Markdown tables:
 
-    python tests/benchmarks/crr.py learn --root datasets --products '[bottle, hazelnut, pill]'
+    python tests/benchmarks/crr.py learn --settings.root datasets
+    python tests/benchmarks/crr.py supply --settings.root datasets --settings.batch 16 --settings.size 448
     python tests/benchmarks/crr.py cost
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,14 +27,18 @@ from jsonargparse import auto_cli
 from lightning.pytorch import Callback, seed_everything
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics.functional.classification import binary_average_precision
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from anomalib_ext.data import AnomalySynthesis, MultiCategory
-from anomalib_ext.models.crr.lightning_model import ENCODER
+from anomalib_ext.models.crr.lightning_model import ENCODER, WithAnomalies
 from anomalib_ext.models.crr.torch_model import MAP_SIDE, CrrModel
+
+# On a CPU that others use too, processor time says more.
+CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "Crr": {},
+    "Crr, no head": {"stage": "repair"},
     "Crr, no repair": {"stage": "repair", "repair": False},
     "Crr, no mask": {"stage": "repair", "mask_ratio": 0.0},
     "Dinomaly": {"stage": "repair", "repair": False, "mask_ratio": 0.0},
@@ -89,17 +96,28 @@ class _Losses(Callback):
         """Start."""
         del trainer, args
         self.stage = pl_module.current_stage
-        self.started = time.perf_counter()
+        self.started = CLOCK()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Crr, *args) -> None:  # noqa: ANN401
         """Stop."""
         del pl_module, args
         self.losses[self.stage].append(float(trainer.callback_metrics[f"{self.stage}_loss_step"]))
-        self.seconds[self.stage].append(time.perf_counter() - self.started)
+        self.seconds[self.stage].append(CLOCK() - self.started)
 
 
-def _fit(settings: Settings, data: MultiCategory, **kwargs) -> tuple[Crr, _Losses]:
-    seed_everything(0)
+def _data(settings: Settings) -> MultiCategory:
+    data = MultiCategory(
+        root=settings.root,
+        categories=settings.products,
+        train_batch_size=settings.batch,
+        num_workers=settings.workers,
+    )
+    data.setup()
+    return data
+
+
+def _fit(settings: Settings, data: MultiCategory, seed: int, **kwargs) -> tuple[Crr, _Losses]:
+    seed_everything(seed)
     model = Crr(
         settings.encoder,
         settings.pre_trained,
@@ -171,51 +189,72 @@ def _precision(model: Crr, synthetic: Sequence[tuple[torch.Tensor, torch.Tensor]
     return {**result, "chance": float(target.float().mean())}
 
 
-def learn(settings: Settings, variants: list[str] = list(VARIANTS)) -> None:  # noqa: B006
+def learn(settings: Settings, variants: list[str] = list(VARIANTS), seeds: list[int] = [0]) -> None:  # noqa: B006
     """Train variants with equal seeds and steps, and compare them.
 
     Args:
         settings: What all trainings have in common.
         variants: Names in `VARIANTS`.
+        seeds: Seeds of the weights, the encoder's too, of the batches and of the anomalies.
     """
-    data = MultiCategory(
-        root=settings.root,
-        categories=settings.products,
-        train_batch_size=settings.batch,
-        num_workers=settings.workers,
-    )
-    data.setup()
+    data = _data(settings)
     labels = np.array(data.test_data.samples.label_index)
     good, bad = ([data.test_data[int(i)] for i in np.flatnonzero(labels == kind)] for kind in (0, 1))
-    rows = []
-    for name in variants:
-        model, losses = _fit(settings, data, **VARIANTS[name])
-        if name == "Crr":
-            _tell_losses(losses)
-        synthesis = AnomalySynthesis(seed=1)
-        clean = list(_images(model, good, settings.images))
-        defects = [(image, *synthesis(image, path)) for image, _, path in clean]
-        if name == "Crr":
-            _tell_precision(_precision(model, [(changed, mask) for _, changed, mask in defects]))
-        repaired, synthetic, normal, real = [], [], [], []
-        for image, changed, mask in defects:
-            distance = _distances(model, image, changed)
-            inside = _inside(mask, distance.shape)
-            repaired.append(distance[inside])
-            synthetic.append(_distances(model, changed, changed)[inside])
-            normal.append(_distances(model, image, image).flatten())
-        for image, mask, _ in _images(model, bad, settings.images):
-            distance = _distances(model, image, image)
-            real.append(distance[_inside(mask, distance.shape)])
-        means = [float(torch.cat(each).mean()) for each in (repaired, synthetic, real, normal)]
-        rows.append((name, *means, means[2] / means[3]))
-    print(
-        "\n| model | synthetic defects, to clean features | to own features | real defects | normal | real / normal |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, *values in rows:
-        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in values[:-1]) + f" | {values[-1]:.2f} |")
-    print(f"\n{vars(settings)}, {torch.get_num_threads()} threads")
+    found: dict[str, list[list[float]]] = {name: [] for name in variants}
+    for seed in seeds:
+        for name in variants:
+            model, losses = _fit(settings, data, seed, **VARIANTS[name])
+            synthesis = AnomalySynthesis(seed=1)
+            clean = list(_images(model, good, settings.images))
+            defects = [(image, *synthesis(image, path)) for image, _, path in clean]
+            if model.model.head is not None:
+                _tell_losses(losses)
+                _tell_precision(_precision(model, [(changed, mask) for _, changed, mask in defects]))
+            found[name].append(_identity(model, defects, list(_images(model, bad, settings.images))))
+            print(name, seed, *(f"{value:.4f}" for value in found[name][-1]), flush=True)
+    print("\n| model | synthetic, to clean | to own | real | normal | real - normal | real / normal | patch AUROC |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, rows in found.items():
+        means, spreads = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) if len(rows) > 1 else None
+        cells = [
+            f"{mean:.3f}" if spreads is None else f"{mean:.3f} ± {spread:.3f}"
+            for mean, spread in zip(means, means if spreads is None else spreads, strict=True)
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print(f"\n{vars(settings)}, seeds {seeds}, {torch.get_num_threads()} threads")
+
+
+def _identity(
+    model: Crr,
+    defects: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    bad: Sequence[tuple[torch.Tensor, torch.Tensor, str]],
+) -> list[float]:
+    """How far what is decoded is from the encoder's features, in the mean over patches.
+
+    Args:
+        model: Model.
+        defects: Good images, the same with anomalies, and the masks of these.
+        bad: Images with real defects, their masks, and their paths.
+
+    Returns:
+        Cosine distances within synthetic defects to the clean and to the image's own features, within real defects,
+        and on good images; difference and ratio of the last two; and the AUROC with which they tell patches apart.
+    """
+    repaired, synthetic, normal, real = [], [], [], []
+    for image, changed, mask in defects:
+        distance = _distances(model, image, changed)
+        inside = _inside(mask, distance.shape)
+        repaired.append(distance[inside])
+        synthetic.append(_distances(model, changed, changed)[inside])
+        normal.append(_distances(model, image, image).flatten())
+    for image, mask, _ in bad:
+        distance = _distances(model, image, image)
+        real.append(distance[_inside(mask, distance.shape)])
+    values = [torch.cat(each) for each in (repaired, synthetic, real, normal)]
+    means = [float(each.mean()) for each in values]
+    labels = torch.cat([torch.full(each.shape, number) for each, number in zip(values[2:], (1, 0), strict=True)])
+    auroc = float(binary_auroc(torch.cat(values[2:]), labels))
+    return [*means, means[2] - means[3], means[2] / means[3], auroc]
 
 
 def _tell_losses(losses: _Losses) -> None:
@@ -232,6 +271,32 @@ def _tell_losses(losses: _Losses) -> None:
 def _tell_precision(precision: dict[str, float]) -> None:
     print("\npixel average precision on synthetic defects: ", end="")
     print(", ".join(f"{name} {value:.3f}" for name, value in precision.items()), end="\n\n", flush=True)
+
+
+def supply(settings: Settings, step_ms: list[int] = [100, 200, 500, 1000]) -> None:  # noqa: B006
+    """Tell how many workers a training needs for never waiting for images.
+
+    Args:
+        settings: Size and number of the images, and what is trained.
+        step_ms: Lengths of steps, of other encoders and machines, to tell it for as well.
+    """
+    data = _data(settings)
+    model, losses = _fit(settings, data, seed=0)
+    loader = data.train_dataloader()
+    loader.collate_fn = WithAnomalies(
+        loader.collate_fn, model.pre_processor.transform.transforms[0], AnomalySynthesis()
+    )
+    images, started = 0, time.process_time()
+    for batch in islice(loader, 10):
+        images += len(batch.image) // 2
+    rate = images / (time.process_time() - started)
+    print(f"\none worker reads, resizes and puts anomalies on {rate:.0f} images a second of processor time")
+    print(f"\n| a step of {settings.batch} images | images a second | workers |\n| --- | --- | --- |")
+    measured = [(f"{stage}, {settings.encoder}", np.median(seconds)) for stage, seconds in losses.seconds.items()]
+    for name, seconds in [*measured, *(("", milliseconds / 1e3) for milliseconds in step_ms)]:
+        taken = settings.batch / seconds
+        print(f"| {1e3 * seconds:.0f} ms {name} | {taken:.0f} | {math.ceil(taken / rate)} |")
+    print(f"\n{vars(settings)}, {torch.get_num_threads()} threads")
 
 
 def cost(encoder: str = ENCODER, size: int = 392, latency: bool = False, repetitions: int = 3) -> None:
@@ -285,4 +350,4 @@ def _milliseconds(encoder: str, size: int, width: int | None, repetitions: int) 
 
 
 if __name__ == "__main__":
-    auto_cli({"learn": learn, "cost": cost}, as_positional=False)
+    auto_cli({"learn": learn, "supply": supply, "cost": cost}, as_positional=False)

@@ -17,6 +17,7 @@ from anomalib.models.image.glass.loss import FocalLoss
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -183,6 +184,12 @@ class Crr(DistillationModule, AnomalibModule):
         return self.repair or self.model.head is not None
 
     # Learning
+
+    def setup(self, stage: str) -> None:
+        """As for all models here; and plain ``ddp`` is told that each stage leaves parameters without gradients."""
+        super().setup(stage)
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)  # noqa: SLF001
 
     def configure_callbacks(self) -> list[Callback]:
         """Those of all models here, and what surrounds the two stages."""

@@ -61,6 +61,24 @@ def test_openvino(make_engine: Make, tmp_path: Path) -> None:
     assert prediction.pred_score == pytest.approx(float(expected["pred_score"][0]), abs=0.01)
 
 
+def test_onnx_without_head(make_engine: Make, tmp_path: Path) -> None:
+    """A model of the first stage alone says the same in ONNX, and the same of an image each time."""
+    model = Crr(**COMMON, stage="repair", pre_processor=PreProcessor(Resize((64, 80))))
+    for parameter in model.model.decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    images = torch.rand(2, 3, 64, 80)
+    path = make_engine().export(model, ExportType.ONNX, export_root=tmp_path, input_size=(64, 80))
+    compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with torch.no_grad():
+        expected = model.eval()(images)._asdict()
+    assert np.ptp(expected["anomaly_map"].numpy()) > 0.02
+    first, second = (list(compiled(images.numpy()).items()) for _ in range(2))
+    for (output, value), (_, again) in zip(first, second, strict=True):
+        name = next(iter(output.names))
+        assert np.abs(value.astype(float) - expected[name].numpy()).max() < 1e-4, name
+        assert np.array_equal(value, again), name
+
+
 @pytest.mark.parametrize("kind", [ExportType.OPENVINO, ExportType.ONNX])
 def test_a_sampling_model_is_refused(kind: ExportType, make_engine: Make, tmp_path: Path) -> None:
     """It would not judge the same way each time."""

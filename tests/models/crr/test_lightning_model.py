@@ -2,20 +2,23 @@
 """Tests of Crr in a trainer: losses, stages, checkpoints."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
 from anomalib.models import ReverseDistillation
+from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 from torchvision.tv_tensors import Image
 
 from anomalib_ext.models import Crr
@@ -165,6 +168,10 @@ def test_batches_with_anomalies() -> None:
     assert not torch.equal(batch.image[2:], other.image[2:])
     torch.manual_seed(0)
     assert torch.equal(collate(items).image, batch.image)
+    # The model's pre-processor crops masks like images.
+    PreProcessor(Compose([Resize((32, 16)), CenterCrop((20, 8))])).on_train_batch_start(None, None, batch, 0)
+    assert batch.gt_mask.shape == (4, 20, 8)
+    assert torch.equal((batch.image[2:] != batch.image[:2]).any(dim=1), batch.gt_mask[2:].bool())
 
 
 # Stages
@@ -198,11 +205,13 @@ def test_two_stages_in_one_fit(make_data: Make, make_engine: Make) -> None:
     assert len(set(watch.first[11:])) == 1
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_resuming_in_either_stage_gives_the_same_end(epoch: int, make_data: Make, make_engine: Make) -> None:
-    """Every tensor is the same as without the kill, whatever the seed of the second start."""
+@pytest.mark.parametrize(("epoch", "workers"), [(1, 2), (3, 0)])
+def test_resuming_in_either_stage_gives_the_same_end(
+    epoch: int, workers: int, make_data: Make, make_engine: Make
+) -> None:
+    """Every tensor is the same as without the kill, whatever the seed of the second start; with workers, too."""
     kwargs = {"limit_train_batches": 2, "limit_val_batches": 1}
-    data = make_data(train_batch_size=4)
+    data = make_data(train_batch_size=4, num_workers=workers)
 
     def seeded(seed: int) -> Crr:
         torch.manual_seed(seed)
@@ -292,6 +301,16 @@ def test_bfloat16(make_data: Make, make_engine: Make) -> None:
     make_engine(precision="bf16-mixed", limit_val_batches=1).fit(model, datamodule=make_data(train_batch_size=4))
     assert model.model.steps == [2, 2]
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_several_processes_need_no_other_strategy(make_data: Make, make_engine: Make) -> None:
+    """Plain ``ddp`` will do, though in each stage parameters go without gradients; one process fails alike."""
+    model = make_crr(repair_steps=2, segment_steps=2)
+    with mock.patch.dict(os.environ):
+        engine = make_engine(strategy="ddp", devices=1, limit_val_batches=1)
+        engine.fit(model, datamodule=make_data(train_batch_size=4))
+        torch.distributed.destroy_process_group()
+    assert model.model.steps == [2, 2]
 
 
 # Checkpoints
