@@ -42,8 +42,6 @@ def colors(names: Sequence[str]) -> dict[str, str]:
 
 def shade(value: float) -> tuple[str, str]:
     """Colors of a cell that shows a metric, and of the text on it."""
-    if np.isnan(value):
-        return "#ffffff", "#000000"
     depth = float(_NORM(value))
     return to_hex(mpl.colormaps["Blues"](0.85 * depth)), "#ffffff" if depth > 0.6 else "#000000"
 
