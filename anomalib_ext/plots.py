@@ -78,7 +78,8 @@ def heat_maps(
                 continue
             background, text = shade(float(value))
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=background))
-            axes.text(column, row, _digits(value), color=text, ha="center", va="center", fontsize=8)
+            digits = f"{value:.3f}".removeprefix("0")  # for which there is no room
+            axes.text(column, row, digits, color=text, ha="center", va="center", fontsize=8)
     figure.supylabel("after learning", fontsize=10)
     return figure
 
@@ -155,11 +156,6 @@ def to_data_uri(figure: Figure) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True)
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _digits(value: float) -> str:
-    """Three digits, without the zero before the point, for which there is no room."""
-    return f"{value:.3f}".removeprefix("0")
 
 
 def _short(name: str) -> str:
