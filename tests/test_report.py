@@ -225,4 +225,4 @@ def test_heat_maps_show_what_was_measured() -> None:
         texts = {text.get_position(): text.get_text() for text in axes.texts}
         assert texts == {(0, 0): ".900", (0, 1): ".800", (1, 1): "1.000"}
         assert [label.get_text() for label in axes.get_xticklabels()] == ["x", "y", "z"]
-        assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in shown[0].get_yticklabels()] == ["a", "b"]
