@@ -42,37 +42,45 @@ def colors(names: Sequence[str]) -> dict[str, str]:
 
 def shade(value: float) -> tuple[str, str]:
     """Colors of a cell that shows a metric, and of the text on it."""
-    if np.isnan(value):
-        return "#ffffff", "#000000"
     depth = float(_NORM(value))
     return to_hex(mpl.colormaps["Blues"](0.85 * depth)), "#ffffff" if depth > 0.6 else "#000000"
 
 
 @_STYLE
-def heat_map(values: Mapping[tuple[str, str], float], names: Sequence[str], metric: str) -> Figure:
-    """Draw the matrix R of a stream: a metric of each variant (columns) after each step (rows).
+def heat_maps(
+    matrices: Mapping[str, NDArray[np.floating]], steps: Sequence[str], tasks: Sequence[str], title: str
+) -> Figure:
+    """Draw matrices R beside each other: a metric of each task (columns) after each step (rows).
 
     Args:
-        values: Metric by the variant that was learned last and the variant that was tested; what is missing
-            or NaN stays empty.
-        names: Variants in the order in which they are learned.
-        metric: Name of the metric, whose values go from 0.5 (chance) to 1.
+        matrices: By heading, values of shape ``(steps, tasks)``, from 0.5 (chance) to 1; NaN stays empty.
+        steps: What was learned in each step.
+        tasks: What was judged.
+        title: What it shows.
     """
-    side = max(4.0, 2 + 0.6 * len(names))
-    figure = Figure(figsize=(side, side))
-    axes = figure.add_subplot(title=f"{metric} after each step", ylabel="after learning", xlabel="variant")
-    axes.grid(visible=False)
-    ticks = range(len(names))
-    axes.set_xticks(ticks, list(map(_short, names)), rotation=40, ha="right")
-    axes.set_yticks(ticks, list(map(_short, names)))
-    axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
-    for (learned, variant), value in values.items():
-        if np.isnan(value):
-            continue
-        column, row = names.index(variant), names.index(learned)
-        background, text = shade(value)
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=background))
-        axes.text(column, row, f"{value:.3f}".lstrip("0"), color=text, ha="center", va="center", fontsize=9)
+    columns = min(4, len(matrices))
+    rows = -(-len(matrices) // columns)
+    width, height = max(3.0, 0.7 + 0.5 * len(tasks)), 1.2 + 0.4 * len(steps)
+    figure = Figure(figsize=(1.0 + width * columns, 0.6 + height * rows))
+    figure.suptitle(title)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(matrices) :]:
+        axes.set_visible(False)
+    for axes, (heading, matrix) in zip(grid.flat, matrices.items(), strict=False):
+        axes.set_title(heading, fontsize=10)
+        axes.grid(visible=False)
+        axes.tick_params(length=0, labelbottom=True)
+        axes.set_xticks(range(len(tasks)), list(map(_short, tasks)), rotation=40, ha="right", fontsize=9)
+        axes.set_yticks(range(len(steps)), list(map(_short, steps)), fontsize=9)
+        axes.set(xlim=(-0.5, len(tasks) - 0.5), ylim=(len(steps) - 0.5, -0.5))
+        for (row, column), value in np.ndenumerate(matrix):
+            if np.isnan(value):
+                continue
+            background, text = shade(float(value))
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=background))
+            digits = f"{value:.3f}".removeprefix("0")  # for which there is no room
+            axes.text(column, row, digits, color=text, ha="center", va="center", fontsize=8)
+    figure.supylabel("after learning", fontsize=10)
     return figure
 
 

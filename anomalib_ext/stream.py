@@ -20,6 +20,7 @@ from anomalib.visualization.image.functional import add_text_to_image, create_im
 from anomalib.visualization.image.item_visualizer import visualize_image_item
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, MLFlowLogger
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -28,7 +29,7 @@ from rich.table import Table
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.data.multi_category import MEAN
 from anomalib_ext.models.components.training import replacing, write_table
-from anomalib_ext.plots import heat_map, to_array
+from anomalib_ext.plots import heat_maps, to_array
 
 METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score")
 WORST = 3  # pictures of each kind of mistake, variant and step
@@ -109,8 +110,7 @@ def learn_stream(
             write_table(metrics, results_dir / "metrics.csv")
             write_table(scores, results_dir / "scores.csv")
             write_table(results, results_dir / "results.csv")  # at the end, so that the others hold each step in it
-            matrix = {(row["learned"], row["variant"]): row["image_AUROC"] for row in results}
-            pictures["R/image_AUROC"] = to_array(heat_map(matrix, names, "image_AUROC"))
+            pictures["R/image_AUROC"] = to_array(_heat_map(results, names, "image_AUROC"))
             for each in loggers:
                 each.log_metrics(values, step=step)
                 for key, picture in pictures.items():
@@ -235,6 +235,14 @@ def _finalized(loggers: Sequence[Logger]) -> Generator[Sequence[Logger]]:
         raise
     for logger in loggers:
         logger.finalize("success")
+
+
+def _heat_map(rows: list[Row], names: list[str], metric: str) -> Figure:
+    """R of a metric, with all steps that are planned."""
+    matrix = np.full((len(names), len(names)), np.nan)
+    for row in rows:
+        matrix[row["step"] - 1, names.index(row["variant"])] = row[metric]
+    return heat_maps({metric: matrix}, names, names, "each variant after each step")
 
 
 def _log_picture(logger: Logger, name: str, picture: NDArray[np.uint8], step: int) -> None:

@@ -177,11 +177,24 @@ def test_unknown_names(run: Callable[..., list[Row]], tmp_path: Path) -> None:
         run(tmp_path, learners={"replay": [10]}, drifts={"wheel": ["blur"], "dots": ["rust"]})
 
 
-def test_drift(run: Callable[..., list[Row]], tmp_path: Path) -> None:
-    """Ten steps of one product, each judged as it is then."""
-    rows = run(tmp_path, learners={"reservoir": [50]}, orders=0, mixed=False, drifts={"dots": ["blur"]})
+def test_drift(run: Callable[..., list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps of one product, each judged as it is then; what is done is not even embedded again."""
+    settings = {"orders": 0, "mixed": False, "drifts": {"dots": ["blur"]}}
+    rows = run(tmp_path, learners={"reservoir": [50]}, **settings)
     assert [row.task for row in rows if row.step == 10] == [f"blur {level}" for level in range(1, 11)]
     assert {row.stream for row in rows} == {"dots, blur"}
+    embedded = []
+
+    def recorded(*args: Any) -> Any:  # noqa: ANN401
+        embedded.append(args)
+        return drift_stream(*args)
+
+    drift_stream = pipeline.drift_stream
+    monkeypatch.setattr(pipeline, "drift_stream", recorded)
+    assert run(tmp_path, learners={"reservoir": [50]}, **settings) == rows
+    assert not embedded
+    run(tmp_path, learners={"reservoir": [50, 60]}, **settings)
+    assert len(embedded) == 1
 
 
 def _tasks(*counts: int) -> list[Task]:
@@ -223,6 +236,19 @@ def test_mixed_stream_has_no_boundaries() -> None:
         seen |= {image[0, 0] for image in step.images}
         assert step.task is None
         assert seen == set(range(step.known))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 2**32 - 1))
+def test_mixed_stream_of_unequal_products(counts: list[int], seed: int) -> None:
+    """Every product has begun by the end of its step, so that nothing is missing in R for the metrics."""
+    stream = mixed_stream(_tasks(*counts), seed)
+    assert len(stream.steps) == len(counts)
+    assert sum(len(step.images) for step in stream.steps) == sum(counts)
+    seen: set[float] = set()
+    for number, step in enumerate(stream.steps, start=1):
+        seen |= {image[0, 0] for image in step.images}
+        assert seen == set(range(step.known))
+        assert step.known >= number
 
 
 @pytest.mark.parametrize("kind", DRIFTS)

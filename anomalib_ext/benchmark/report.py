@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from anomalib_ext.metrics import (
     AverageValue,
@@ -19,11 +20,9 @@ from anomalib_ext.metrics import (
     TaskMatrix,
 )
 from anomalib_ext.models.components.training import replacing
+from anomalib_ext.plots import heat_maps
 
 from .learners import ContinualPatchCoreLearner, Joint
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 METRICS = {
     "image_AUROC": "image AUROC",
@@ -57,8 +56,8 @@ class Row:
         false_alarms: Share of good images that are called anomalous.
         misses: Share of anomalous images that are called good.
         ms_per_image: Time to judge one, features apart.
-        update_seconds: Time to learn the step, features apart.
-        peak_mib: Memory that the update needs, with the patches that it must hold at once.
+        update_seconds: Time to learn the step, features apart; of the stream ``few-shot``, to select alone.
+        peak_mib: Memory that the update needs, with the patches that it must hold at once; NaN where it is not known.
         bank_mib: Memory that judging needs, the backbone apart.
     """
 
@@ -209,48 +208,26 @@ def _few_shot_tables(rows: Sequence[Row]) -> list[str]:
     return tables
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", list]:
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list]:
     """Figure with a grid of axes of this size in inches, without a window."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
 
 
-def _heat_maps(rows: Sequence[Row], metric: str, title: str) -> "Figure":
-    """The matrix R of each learner: a row for each step, a column for each task."""
-    groups = _groups(rows, "learner")
+def _heat_maps(rows: Sequence[Row], metric: str, title: str) -> Figure:
+    """The matrix R of each learner."""
     steps = list(dict.fromkeys(row.learned for row in rows))
     last = max(row.step for row in rows)
     tasks = list(dict.fromkeys(row.task for row in rows if row.step == last))
-    columns = min(4, len(groups))
-    side = 1.2 + 0.42 * len(tasks)
-    figure, axes = _figure(-(-len(groups) // columns), columns, max(side, 3.2), 0.6 * side + 1.0)
-    matrices = [_fill(TaskMatrix(), own, metric).compute().numpy() for own in groups.values()]
-    low = min(0.9, *(float(np.nanmin(matrix)) for matrix in matrices))  # slight differences stay slight
-    for position, (axis, ((learner,), matrix)) in enumerate(
-        zip(axes, zip(groups, matrices, strict=True), strict=False)
-    ):
-        axis.imshow(matrix, vmin=low, vmax=1, cmap="viridis", aspect="auto")
-        for (step, task), value in np.ndenumerate(matrix):
-            if np.isfinite(value):
-                color = "white" if value < low + 0.6 * (1 - low) else "black"
-                digits = f"{value:.2f}".lstrip("0")
-                axis.text(task, step, digits, ha="center", va="center", color=color, fontsize=8)
-        axis.set_title(learner, fontsize=9)
-        axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=8)
-        names = steps if position % columns == 0 else [""] * len(steps)
-        axis.set_yticks(range(len(steps)), names, fontsize=8)
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-    for axis in axes[len(groups) :]:
-        axis.set_visible(False)
-    figure.suptitle(f"{rows[0].stream}, first order: {title} of each column after learning each row")
-    figure.colorbar(axes[0].images[0], ax=axes, fraction=0.03, label=title)
-    return figure
+    matrices = {}
+    for (learner,), own in _groups(rows, "learner").items():
+        matrices[learner] = np.full((len(steps), len(tasks)), np.nan)
+        for row in own:
+            matrices[learner][row.step - 1, tasks.index(row.task)] = getattr(row, metric)
+    return heat_maps(matrices, steps, tasks, f"{rows[0].stream}, first order: {title} of each column after each row")
 
 
-def _curves(rows: Sequence[Row]) -> "Figure":
+def _curves(rows: Sequence[Row]) -> Figure:
     """Mean over the tasks known by then, after each step; mean of the orders."""
     shown = {
         metric: title for metric, title in METRICS.items() if not all(np.isnan(getattr(row, metric)) for row in rows)
@@ -289,7 +266,7 @@ def _style(learner: str, learners: Sequence[str]) -> dict[str, str | float]:
     }
 
 
-def _few_shot_plot(rows: Sequence[Row]) -> "Figure":
+def _few_shot_plot(rows: Sequence[Row]) -> Figure:
     """Mean of the products over the number of images."""
     shown = {"image_AUROC": METRICS["image_AUROC"], "pixel_AUPRO": METRICS["pixel_AUPRO"]}
     figure, axes = _figure(1, 2, 4.6, 3.6)

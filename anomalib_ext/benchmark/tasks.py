@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -170,8 +169,9 @@ def shuffled(task: Task, seed: int) -> list[Array]:
 def mixed_stream(tasks: Sequence[Task], seed: int) -> Stream:
     """A stream without boundaries: each product fades into the next, and no image has a label.
 
-    Each image is moved from its place by up to half of its product, then the stream is cut into as many equal steps
-    as there are products.
+    Each image is moved from its place by up to half of its product. After as many steps as there are products all are
+    judged of which an image was seen. A step ends where its product would without the moves, so that every product has
+    begun by the end of its step, however few images it has.
     """
     rng = np.random.default_rng(seed)
     places = [
@@ -180,12 +180,19 @@ def mixed_stream(tasks: Sequence[Task], seed: int) -> Stream:
         for index, image in enumerate(shuffled(task, seed))
     ]
     places.sort(key=lambda place: place[0])
-    cuts = np.linspace(0, len(places), len(tasks) + 1).astype(int)
-    steps = []
-    for number, (start, stop) in enumerate(pairwise(cuts), start=1):
-        known = 1 + max(position for _, position, _ in places[:stop])
-        steps.append(Step(f"part {number}", [image for _, _, image in places[start:stop]], None, known))
+    steps: list[Step] = []
+    known = 0
+    for number in range(len(tasks)):
+        # What was moved beyond an end of the stream belongs to its first or last step.
+        part = [place for place in places if min(max(int(place[0]), 0), len(tasks) - 1) == number]
+        known = max(known, *(position + 1 for _, position, _ in part))
+        steps.append(Step(f"part {number + 1}", [image for _, _, image in part], None, known))
     return Stream("mixed", 1, tasks, steps)
+
+
+def drift_name(variant: str, kind: str) -> str:
+    """Name of the stream in which a product drifts."""
+    return f"{variant}, {kind}"
 
 
 def drift_stream(model: ContinualPatchCore, data: AnomalibDataModule, variant: str, kind: str, seed: int) -> Stream:
@@ -212,7 +219,7 @@ def drift_stream(model: ContinualPatchCore, data: AnomalibDataModule, variant: s
         for level in range(1, DRIFT_STEPS + 1)
     ]
     steps = [Step(task.name, shuffled(task, seed), task, known) for known, task in enumerate(tasks, start=1)]
-    return Stream(f"{variant}, {kind}", 1, tasks, steps)
+    return Stream(drift_name(variant, kind), 1, tasks, steps)
 
 
 def _color(
