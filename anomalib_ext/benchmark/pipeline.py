@@ -25,6 +25,7 @@ from anomalib_ext.data import MultiCategory
 from anomalib_ext.models import ContinualPatchCore
 from anomalib_ext.models.components.training import replacing, write_table
 from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
+from anomalib_ext.models.continual_patchcore.views import FEW_IMAGES
 
 from .learners import LEARNERS, ContinualPatchCoreLearner, Joint, Learner
 from .report import Row, write_report
@@ -372,7 +373,7 @@ def _few_shot(
     for name, views in learners.items():
         done = [row.step for row in results.of("few-shot", 1, name) if row.task == task.name]
         for count in sorted(set(shots) - set(done)):
-            if count > len(paths):
+            if count > len(paths) or (views and count > FEW_IMAGES):  # which are learned without views
                 continue
             if views is None:
                 learner: Learner = Joint(size)
