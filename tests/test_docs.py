@@ -36,25 +36,21 @@ NOT_RUN = {
     ".venv/bin/pytest": "these very tests",
     "pip install .": "installs into the edge PC's environment; the CI does, and tests there",
     'uv pip install --python application/backend/.venv ".[train,offline]"': "needs Studio",
-    "PL_TRAINER_MAX_EPOCHS=5 anomalib benchmark --config configs/benchmark/small/dinomaly.yaml": "Anomalib's model "
+    "PL_TRAINER_MAX_EPOCHS=2 anomalib benchmark --config configs/benchmark/small/dinomaly.yaml": "Anomalib's model "
     "cannot do without weights from the internet",
 }
 # Those of which only the arguments are parsed, by the program itself, by how they begin.
 PARSED = {
     "python tests/benchmarks/distillation.py": "needs a teacher's weights from the internet, and minutes",
+    "python tests/benchmarks/speed.py": "takes minutes, whatever its arguments",
 }
 # Arguments that make the others quick, and free of the internet, by how they begin. The last value of several counts.
-UNTRAINED = "--model.pre_trained false --data.root datasets/MVTecAD --data.num_workers 0 --trainer.accelerator cpu "
+FEW = "--data.root datasets --data.num_workers 0 --trainer.accelerator cpu "
+UNTRAINED = FEW + "--model.pre_trained false "
 SHORT = "--trainer.max_epochs 1 --trainer.limit_train_batches 1 "
 CRR = UNTRAINED + "--model.encoder test_vit --model.head_width 8 --model.repair_steps 1 --model.segment_steps 1"
-SA_CFA = (
-    "--model.backbone tf_efficientnet_lite0 --model.layers '[blocks.2, blocks.4]' --data.root datasets/MVTecAD "
-    "--data.num_workers 0"
-)
-HET_NET = (
-    "--model.backbone resnet18 --model.transformer test_vit --model.transformer_pre_trained false "
-    "--model.save_teachers true "
-)
+SA_CFA = FEW + "--model.backbone tf_efficientnet_lite0 --model.layers '[blocks.2, blocks.4]'"
+HET_NET = "--model.backbone resnet18 --model.transformer test_vit --model.transformer_pre_trained false"
 CLASSES = ("folder_of_class_folders", "classes")
 FINETUNE = "--backbone tf_efficientnet_lite0 --max_epochs 1 --accelerator cpu"
 SMALLER = {
@@ -71,7 +67,6 @@ SMALLER = {
     "--mixed false --shots '[]'",
     "anomalib-ext finetune": FINETUNE,
     "python tests/benchmarks/continual.py": "--products '[hazelnut, pill]' --sizes '[50]' --orders 1 --few_shot false",
-    "python tests/benchmarks/speed.py": "--products '[hazelnut, pill]' --picks 50 --size 50",
     "python tests/benchmarks/synthesis.py": "--count 2 --sides '[64]'",
 }
 
@@ -101,10 +96,13 @@ def smaller_pipeline(path: Path) -> None:
     config["accelerator"] = "cpu"
     model, data = config["benchmark"]["model"], config["benchmark"]["data"]["init_args"]
     if "init_args" in model:
-        small = {"encoder": "test_vit", "head_width": 8, "repair_steps": 1, "segment_steps": 1}
-        model["init_args"] |= {"pre_trained": False, **(small if model["class_path"] == "Crr" else {})}
+        small = {
+            "ContinualPatchCore": {"memory_size": 50},
+            "Crr": {"encoder": "test_vit", "head_width": 8, "repair_steps": 1, "segment_steps": 1},
+        }
+        model["init_args"] |= {"pre_trained": False, **small.get(str(model["class_path"]), {})}
     else:  # all with their default backbones, of which one comes with a package
-        model["class_path"] = "ContinualPatchCore"
+        model |= {"class_path": "ContinualPatchCore", "init_args": {"memory_size": 50}}
     if "grid" in data.get("category", ()):
         data["category"] = data["category"]["grid"][0]
     data["num_workers"] = 0
@@ -136,7 +134,8 @@ def folder(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("dots", "datasets/MVTecAD/pill", ()),
         ("checks", "datasets/my_product", ()),
         ("stripes/train/good", "good_images", ()),
-        *(("dots", f"datasets/{name}", few) for name in ("hazelnut", "pill", "cookie", "visa/visa_pytorch/candle")),
+        *(("dots", f"datasets/{name}", few) for name in ("hazelnut", "bottle", "pill", "cookie")),
+        ("dots", "datasets/visa/visa_pytorch/candle", few),
         *(("stripes/train/good", f"{name}/images/striped", few) for name in ("datasets/dtd", "dtd")),
         *((f"{name}/train/good", f"{classes}/{name}", few) for name in ("stripes", "dots") for classes in CLASSES),
     ):
@@ -214,6 +213,17 @@ def test_script(program: str) -> None:
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout
+
+
+def test_help_comes_at_once() -> None:
+    """It imports none of what the subcommands need."""
+    code = (
+        "import sys; from anomalib_ext.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'anomalib', 'jsonargparse', 'pandas', 'torch'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n[]\n")
 
 
 def test_exceptions_are_needed() -> None:
