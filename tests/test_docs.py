@@ -36,7 +36,7 @@ NOT_RUN = {
     ".venv/bin/pytest": "these very tests",
     "pip install .": "installs into the edge PC's environment; the CI does, and tests there",
     'uv pip install --python application/backend/.venv ".[train,offline]"': "needs Studio",
-    "PL_TRAINER_MAX_EPOCHS=2 anomalib benchmark --config configs/benchmark/small/dinomaly.yaml": "Anomalib's model "
+    "PL_TRAINER_MAX_EPOCHS=1 anomalib benchmark --config configs/benchmark/small/dinomaly.yaml": "Anomalib's model "
     "cannot do without weights from the internet",
 }
 # Those of which only the arguments are parsed, by the program itself, by how they begin.
@@ -180,7 +180,7 @@ def test_command(
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         assert name == "PL_TRAINER_MAX_EPOCHS"
-        assert int(value) > 1
+        assert int(value)
         monkeypatch.setenv(name, "1")
     for start, arguments in SMALLER.items():
         if command.startswith(start):
