@@ -37,7 +37,7 @@ def compare(
         msg = f"There is no results.csv in {results}. Run `anomalib benchmark` first, or name the folder it wrote into."
         raise FileNotFoundError(msg)
     # Each run has a folder named by its time, so the last of several for the same job is the newest.
-    measured = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+    measured = pd.concat([pd.read_csv(path).convert_dtypes() for path in paths], ignore_index=True)
     for column in ("data.class_path", "model.class_path"):
         measured[column] = measured[column].str.rsplit(".", n=1).str[-1]
     jobs = [column for column in measured if column == "seed" or column.startswith(("data.", "model."))]
