@@ -4,39 +4,40 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable
-from typing import Any
+from argparse import ArgumentParser
+from importlib import import_module
+
+# Where the function of each subcommand is, and what it does. Only the one that is asked for is imported.
+COMMANDS = {
+    "stream": ("anomalib_ext.stream:learn_stream", "Learn products one after another, and test all after each."),
+    "report": ("anomalib_ext.report:report", "Write a page about a stream that was learned."),
+    "finetune": ("anomalib_ext.finetune:finetune", "Fine-tune a backbone as a classifier."),
+    "benchmark": ("anomalib_ext.benchmark:benchmark", "Compare learners on streams of products."),
+    "compare": ("anomalib_ext.benchmark:compare", "Print results of `anomalib benchmark` beside published figures."),
+}
 
 
 def main() -> None:
     """Run a subcommand."""
-    from jsonargparse import ArgumentParser, auto_cli
+    parser = ArgumentParser("anomalib-ext", epilog="What one model does on one data set is done by `anomalib`.")
+    subcommands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, does) in COMMANDS.items():
+        subcommands.add_parser(name, help=does, add_help=False)
+    known, arguments = parser.parse_known_args()
 
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would report its use to its makers
     # Deprecations inside Anomalib and Lightning's hints do not concern the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="lightning")
+    from jsonargparse import auto_cli
+
+    module, _, function = COMMANDS[known.command][0].partition(":")
     try:
-        from anomalib_ext.benchmark import benchmark, compare
-        from anomalib_ext.finetune import finetune
-        from anomalib_ext.report import report
-        from anomalib_ext.stream import learn_stream
+        command = getattr(import_module(module), function)
     except ImportError as error:
         msg = f"{error}. Learning with torch needs the extra: pip install 'anomalib-ext[train]'"
         raise SystemExit(msg) from error
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-
-    class Parser(ArgumentParser):
-        def add_function_arguments(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:  # noqa: ANN401
-            kwargs["as_positional"] = function is report  # which has one argument and no configuration
-            return super().add_function_arguments(function, *args, **kwargs)
-
-    commands: dict[str, Any] = {
-        "stream": learn_stream,
-        "report": report,
-        "finetune": finetune,
-        "benchmark": benchmark,
-        "compare": compare,
-    }
-    auto_cli(commands, parser_class=Parser)
+    # `report` has one argument and no configuration.
+    auto_cli(command, arguments, as_positional=known.command == "report", prog=f"anomalib-ext {known.command}")

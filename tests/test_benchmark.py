@@ -327,8 +327,8 @@ def test_results_of_the_pipeline_beside_published_ones(tmp_path: Path) -> None:
         "Patchcore,anomalib.data.MVTecAD,bottle,1.0,0.95\n"
     )
     text = compare(tmp_path, PUBLISHED)
-    assert "| MVTecAD | RdAkf | measured, categories: 2 | 98.0 | 97.0 |  |  |" in text
-    assert "| MVTecAD | Patchcore | measured, categories: 1 | 100.0 | 95.0 |  |  |" in text
+    assert "| MVTecAD | RdAkf | measured, products: 2 | 98.0 | 97.0 |  |  |" in text
+    assert "| MVTecAD | Patchcore | measured, products: 1 | 100.0 | 95.0 |  |  |" in text
     assert "| MVTecAD | RdAkf | one class, wide_resnet50_2 | 99.0 | 97.9 | 94.8 | RD-AKF, table of results |" in text
     assert "Visa" not in text
     with pytest.raises(FileNotFoundError, match=r"There is no results\.csv in .* Run `anomalib benchmark` first"):
@@ -343,7 +343,26 @@ def test_of_several_runs_of_the_pipeline_the_last_counts(tmp_path: Path) -> None
             "model.class_path,data.class_path,data.init_args.category,image_AUROC\n"
             f"RdAkf,anomalib.data.MVTecAD,bottle,{value}\n"
         )
-    assert "| MVTecAD | RdAkf | measured, categories: 1 | 90.0 |" in compare(tmp_path, PUBLISHED)
+    assert "| MVTecAD | RdAkf | measured, products: 1 | 90.0 |" in compare(tmp_path, PUBLISHED)
+
+
+def test_settings_are_not_averaged(tmp_path: Path) -> None:
+    """Each has a row that says what is different, also where a file does not know an argument of another."""
+    start = "seed,model.class_path,data.class_path,data.init_args.category,data.init_args.train_batch_size"
+    for name, text in {
+        "a": f"{start},image_AUROC\n0,RdAkf,MVTecAD,bottle,4,0.5\n0,RdAkf,MVTecAD,pill,4,0.7\n"
+        "0,RdAkf,MVTecAD,pill,8,0.8\n",
+        "b": f"{start},model.init_args.backbone,image_AUROC\n0,RdAkf,anomalib.data.MVTecAD,pill,4,resnet18,0.9\n",
+        "c": f"{start},model.init_args.layers,image_AUROC\n1,SaCfaPatchCore,MVTecAD,pill,4,\"['layer2']\",1\n",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.csv").write_text(text)
+    text = compare(tmp_path, PUBLISHED)
+    assert "| MVTecAD | RdAkf | measured, products: 2, seed: 0, train_batch_size: 4 | 60.0 |" in text
+    assert "| MVTecAD | RdAkf | measured, products: 1, seed: 0, train_batch_size: 8 | 80.0 |" in text
+    assert "| RdAkf | measured, products: 1, seed: 0, train_batch_size: 4, backbone: resnet18 | 90.0 |" in text
+    assert "products: 1, seed: 1, train_batch_size: 4, layers: ['layer2'] | 100.0 |" in text
+    assert "| private, heat sinks | SaCfaPatchCore | one class, wide_resnet50_2 | 98.7 |" in text
 
 
 def test_gap_is_to_the_largest_joint_bank() -> None:

@@ -190,6 +190,6 @@ def test_the_worst_mistakes_are_kept(judged_batch: ImageBatch, size: int, tmp_pa
 def test_without_anomalib_the_error_names_the_extra() -> None:
     """On an edge PC the command says what it needs."""
     code = "import sys; sys.modules['anomalib'] = None; from anomalib_ext.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, "stream"], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "anomalib-ext[train]" in done.stderr

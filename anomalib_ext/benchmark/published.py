@@ -8,6 +8,8 @@ import pandas as pd
 from .report import table
 
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
+# What tells one product from another, of MVTec AD and VisA, and of Folder. All else is a setting.
+PRODUCTS = ("data.init_args.category", "data.init_args.name")
 
 
 def compare(
@@ -16,8 +18,9 @@ def compare(
 ) -> str:
     """Print, in Markdown, the results of ``anomalib benchmark`` beside published figures.
 
-    Measured values are means over the categories that were run, of which the table gives the number; published ones are
-    means over all categories of a data set, in percent as there.
+    Measured values are means over the products that were run with the same settings, of which the table gives the
+    number. Published values are means over all products of a data set, in percent as there; those on private data sets
+    are shown for the models that were measured.
 
     Args:
         results: Folder into which the pipeline has written, with one or several runs in it.
@@ -34,16 +37,33 @@ def compare(
         msg = f"There is no results.csv in {results}. Run `anomalib benchmark` first, or name the folder it wrote into."
         raise FileNotFoundError(msg)
     # Each run has a folder named by its time, so the last of several for the same job is the newest.
-    measured = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
-    jobs = [column for column in measured if column.startswith(("data.", "model."))]
+    measured = pd.concat([pd.read_csv(path).convert_dtypes() for path in paths], ignore_index=True)
+    for column in ("data.class_path", "model.class_path"):
+        measured[column] = measured[column].str.rsplit(".", n=1).str[-1]
+    jobs = [column for column in measured if column == "seed" or column.startswith(("data.", "model."))]
     measured = measured.drop_duplicates(jobs, keep="last", ignore_index=True)
-    kinds = {column: measured[f"{column}.class_path"].str.rsplit(".", n=1).str[-1] for column in ("data", "model")}
+    datasets = measured["data.class_path"].unique()
+    settings = [column for column in jobs if column not in PRODUCTS]
+    # The model's arguments are told; of all else, only what is not the same everywhere.
+    told = [
+        column
+        for column in settings
+        if column.startswith("model.init_args.")
+        or (
+            not column.endswith(".class_path")
+            and len(measured[["data.class_path", column]].drop_duplicates()) > len(datasets)
+        )
+    ]
     lines = []
-    for (dataset, model), rows in measured.groupby([kinds["data"], kinds["model"]], sort=False):
-        values = [f"{100 * rows[metric].mean():.1f}" if metric in rows else "" for metric in METRICS]
-        lines.append([dataset, model, f"measured, categories: {len(rows)}", *values, ""])
+    for _, rows in measured.groupby(settings, sort=False, dropna=False):
+        first = rows.iloc[0]
+        values = {column.split("init_args.")[-1]: first[column] for column in told if pd.notna(first[column])}
+        setting = [f"measured, products: {len(rows)}", *(f"{name}: {value}" for name, value in values.items())]
+        means = [f"{100 * rows[metric].mean():.1f}" if metric in rows else "" for metric in METRICS]
+        lines.append([first["data.class_path"], first["model.class_path"], ", ".join(setting), *means, ""])
     reference = pd.read_csv(published, dtype=str, keep_default_na=False)
-    reference = reference[reference.dataset.isin(kinds["data"])]
+    private = reference.dataset.str.startswith("private") & reference.model.isin(measured["model.class_path"])
+    reference = reference[reference.dataset.isin(datasets) | private]
     lines += reference[["dataset", "model", "setting", *METRICS, "source"]].to_numpy().tolist()
     lines.sort(key=lambda line: line[0])
     text = table(["data set", "model", "setting", "image AUROC", "pixel AUROC", "AUPRO", "source"], lines)
