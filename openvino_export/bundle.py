@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -490,14 +491,24 @@ def placeholder(name: str, values: NDArray[Any]) -> Any:  # noqa: ANN401  # Open
     return constant
 
 
-@cache
 def core() -> ov.Core:
     """OpenVINO's core, one for the process.
 
     Where drivers of a GPU or NPU are missing or old, a second core that looks for devices may crash the process.
     """
+    with _FIRST:  # the cache alone would let several threads in
+        return _core()
+
+
+_FIRST = threading.Lock()
+
+
+@cache
+def _core() -> ov.Core:
     import openvino as ov
 
+    # Threads whose first inferences meet in this conversion wait for each other for ever; once done, it is safe.
+    ov.Type.f32.to_dtype()
     return ov.Core()
 
 

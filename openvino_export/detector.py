@@ -20,8 +20,8 @@ from anomalib_ext.models.components.k_center import single_threaded
 from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank, Report
 from anomalib_ext.models.continual_patchcore.tables import graph_tables, variant_capacity
 from anomalib_ext.models.continual_patchcore.views import (
-    CALIBRATION_IMAGES,
     NUM_VIEWS,
+    RECENT_IMAGES,
     are_few,
     augmented_views,
     calibrate_from_views,
@@ -287,7 +287,7 @@ class EdgeDetector:
                 else:
                     learned = self._take(bank, image, patches, variant, views=few)
                     if learned is not None:
-                        recent[learned] = [*recent[learned], self._normalized(image)][-CALIBRATION_IMAGES:]
+                        recent[learned] = [*recent[learned], self._normalized(image)][-RECENT_IMAGES:]
                 if progress is not None:
                     progress(number)
             report = bank.commit()

@@ -64,7 +64,7 @@ SMALLER = {
     "anomalib train --model Padim": UNTRAINED + "--model.layers '[layer3]'",
     "anomalib test --config configs/model/het_net.yaml": UNTRAINED + HET_NET,
     "anomalib-ext benchmark": "--data.categories '[hazelnut, cookie]' --learners '{reservoir: [50]}' --orders 1 "
-    "--mixed false --shots '[]'",
+    "--mixed false --shots '[]' --data.root datasets --drifts '{}'",
     "anomalib-ext finetune": FINETUNE,
     "python tests/benchmarks/continual.py": "--products '[hazelnut, pill]' --sizes '[50]' --orders 1 --few_shot false",
     "python tests/benchmarks/synthesis.py": "--count 2 --sides '[64]'",

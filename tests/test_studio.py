@@ -37,7 +37,7 @@ from openvino.properties import hint
 from PIL import Image
 
 from anomalib_ext.export import _compare
-from anomalib_ext.models import ContinualPatchCore, Crr, HetNet, RdAkf, SaCfaPatchCore
+from anomalib_ext.models import ContinualPatchCore, Crr, RdAkf, SaCfaPatchCore
 from anomalib_ext.models.components import backbone
 
 METADATA = Path(__file__).parents[1] / "configs" / "studio" / "model_metadata.yaml"
@@ -165,7 +165,6 @@ SMALL: dict[str, tuple[type, dict[str, Any]]] = {
     "continual_patch_core": (ContinualPatchCore, {}),
     "sa_cfa_patch_core": (SaCfaPatchCore, {"backbone": "tf_efficientnet_lite0", "layers": ("blocks.2", "blocks.4")}),
     "rd_akf": (RdAkf, {"backbone": "resnet18"}),
-    "het_net": (HetNet, {"backbone": "resnet18", "transformer": "test_vit"}),
     "crr": (Crr, {"encoder": "test_vit", "head_width": 8, "repair_steps": 2, "segment_steps": 2}),
 }
 LEARNS_AT_ONCE = ("continual_patch_core", "sa_cfa_patch_core")  # the others have an epoch, and weights at random

@@ -9,7 +9,7 @@ from .report import table
 
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 # What tells one product from another, of MVTec AD and VisA, and of Folder. All else is a setting.
-PRODUCTS = ("data.init_args.category", "data.init_args.name")
+PRODUCTS = ("data.init_args.category", "data.init_args.name", "data.init_args.root")
 
 
 def compare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -174,17 +174,22 @@ def mixed_stream(tasks: Sequence[Task], seed: int) -> Stream:
     begun by the end of its step, however few images it has.
     """
     rng = np.random.default_rng(seed)
-    places = [
-        (position + (index + 0.5) / len(task.train) + rng.uniform(-OVERLAP, OVERLAP), position, image)
-        for position, task in enumerate(tasks)
-        for index, image in enumerate(shuffled(task, seed))
-    ]
-    places.sort(key=lambda place: place[0])
+    parts: list[list[tuple[float, int, Any]]] = [[]]
+    while not all(parts):  # the two or three images of a product may all move out of its step
+        places = [
+            (position + (index + 0.5) / len(task.train) + rng.uniform(-OVERLAP, OVERLAP), position, image)
+            for position, task in enumerate(tasks)
+            for index, image in enumerate(shuffled(task, seed))
+        ]
+        places.sort(key=lambda place: place[0])
+        # What was moved beyond an end of the stream belongs to its first or last step.
+        numbers = [min(max(int(place), 0), len(tasks) - 1) for place, *_ in places]
+        parts = [
+            [place for place, own in zip(places, numbers, strict=True) if own == number] for number in range(len(tasks))
+        ]
     steps: list[Step] = []
     known = 0
-    for number in range(len(tasks)):
-        # What was moved beyond an end of the stream belongs to its first or last step.
-        part = [place for place in places if min(max(int(place[0]), 0), len(tasks) - 1) == number]
+    for number, part in enumerate(parts):
         known = max(known, *(position + 1 for _, position, _ in part))
         steps.append(Step(f"part {number + 1}", [image for _, _, image in part], None, known))
     return Stream("mixed", 1, tasks, steps)

@@ -287,6 +287,7 @@ def supply(settings: Settings, step_ms: list[int] = [100, 200, 500, 1000]) -> No
         loader.collate_fn, model.pre_processor.transform.transforms[0], AnomalySynthesis()
     )
     images, started = 0, time.process_time()
+    assert not settings.workers, "time in other processes would not be counted"
     for batch in islice(loader, 10):
         images += len(batch.image) // 2
     rate = images / (time.process_time() - started)

@@ -392,8 +392,33 @@ def test_background_judging_ends_with_the_process(exported: Path, tested: list[P
     """What was begun is finished, and nothing aborts."""
     for _ in range(3):
         command = [sys.executable, "-c", ASYNCHRONOUS, exported, tested[0]]
-        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
         assert (result.returncode, result.stdout, result.stderr) == (0, "stripes\n", "")
+
+
+FIRST_TOGETHER = """
+import sys
+import threading
+from openvino_export.bundle import core
+
+def convert():
+    together.wait()
+    core()
+    import openvino
+    openvino.Type.f32.to_dtype()
+
+sys.setswitchinterval(1e-6)
+together = threading.Barrier(8)
+for thread in (threads := [threading.Thread(target=convert) for _ in range(8)]):
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_that_begin_together_do_not_wait_for_ever() -> None:
+    """OpenVINO's first conversion of a type is not safe for several threads."""
+    subprocess.run([sys.executable, "-c", FIRST_TOGETHER], check=True, timeout=100)
 
 
 def test_a_model_without_a_bank(without_bank: Path, good: dict[str, list[Path]], tested: list[Path]) -> None:

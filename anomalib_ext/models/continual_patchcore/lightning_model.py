@@ -35,7 +35,7 @@ from .graph import bundle_of
 from .memory_bank import MemoryBank, Report
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
-from .views import CALIBRATION_IMAGES, are_few, calibrate_from_views
+from .views import RECENT_IMAGES, are_few, calibrate_from_views
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             names = self.model.learn(images, label, augment=label not in self._many)
             for image, name in zip(images, names, strict=True):
                 if name is not None:
-                    self._recent[name] = [*self._recent.get(name, []), image][-CALIBRATION_IMAGES:]
+                    self._recent[name] = [*self._recent.get(name, []), image][-RECENT_IMAGES:]
 
     def _undo(self) -> None:
         """Forget what was learned since the beginning of an update that is under way."""

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
 
 NUM_VIEWS = 16
-# Up to this many images of a variant, each is learned with augmented views; with 16, they changed nothing
+# Up to this many images of a variant, each is learned with augmented views; with 16, they hardly changed the mean
 # (docs/benchmarks.md).
 FEW_IMAGES = 4
 # So many of the last images, or views of fewer, set thresholds if there is no validation set.
-CALIBRATION_IMAGES = 16
+RECENT_IMAGES = 16
 # Views as slight as those that were learned score far lower than another image of the product does. Of a single image
 # there is nothing else to go by; this factor was chosen on `brick`, and suits some products only (docs/benchmarks.md).
 CALIBRATION_STRENGTH = 2.5
@@ -132,7 +132,7 @@ def calibrate_from_views(
     Args:
         bank: Bank that holds the variant, with nothing left in its stream.
         variant: Name of the variant.
-        images: The variant's images that were learned last, at most CALIBRATION_IMAGES of shape `(3, H, W)`.
+        images: The variant's images that were learned last, at most RECENT_IMAGES of shape `(3, H, W)`.
         embed: Gives patch embeddings `(B, h, w, d)`, float32, for normalised images `(B, 3, H, W)`.
         search: Gives the distance of each patch, of shape `(n, d)`, to its nearest vector of the bank, and its index.
         one_shot: Whether few images were learned with views of them.
@@ -145,7 +145,7 @@ def calibrate_from_views(
     kept = []
     lowest, highest = np.inf, -np.inf
     for i, image in enumerate(images):
-        for view in augmented_views(image, max(1, CALIBRATION_IMAGES // len(images)), NUM_VIEWS + i, strength):
+        for view in augmented_views(image, max(1, RECENT_IMAGES // len(images)), NUM_VIEWS + i, strength):
             embedding = embed(view[None])[0]
             patches = embedding.reshape(-1, embedding.shape[-1])
             scores = search(patches)[0]
