@@ -39,5 +39,5 @@ def main() -> None:
         raise SystemExit(msg) from error
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    # `report` has one argument and no configuration.
+    # The folder is all that `report` needs.
     auto_cli(command, arguments, as_positional=known.command == "report", prog=f"anomalib-ext {known.command}")

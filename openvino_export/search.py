@@ -36,7 +36,7 @@ SMALLEST_CELL = 32  # on average
 # Matrix products of no more than this many multiplications stay on the thread that asks OpenBLAS for them. Its own
 # threads would go on spinning when they are done, and keep OpenVINO's from the processor.
 LARGEST_PRODUCT = 4 * 65536
-# No more lower bounds than this are held at once, 64 MiB.
+# About so many lower bounds are held at once at most, 64 MiB; more for a single query of a larger bank.
 LARGEST_TABLE = 2**24
 # Relative error of a squared distance that is computed as a difference of squares; with a margin of ten.
 ROUNDING = 1e-5
