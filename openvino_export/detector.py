@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anomalib_ext.models.components.anomaly_map import anomaly_maps
-from anomalib_ext.models.components.k_center import single_threaded
-from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank, Report
-from anomalib_ext.models.continual_patchcore.tables import graph_tables, variant_capacity
-from anomalib_ext.models.continual_patchcore.views import (
+from openvino_export.anomaly_map import anomaly_maps
+from openvino_export.bundle.constants import graph_tables, variant_capacity
+from openvino_export.memory.augment import (
     NUM_VIEWS,
     RECENT_IMAGES,
     are_few,
@@ -27,11 +25,16 @@ from anomalib_ext.models.continual_patchcore.views import (
     calibrate_from_views,
     image_hash,
 )
+from openvino_export.memory.k_center import single_threaded
+from openvino_export.memory.memory_bank import MemoryBank, Report
 
-from . import bundle as bundles
-from .bundle import BANK, Bundle, BundleError
+from .bundle import folder as bundles
+from .bundle import ir
+from .bundle.constants import CONSTANTS
+from .bundle.folder import BANK, Bundle, BundleError
+from .device import core as device_core
 from .images import load, resize
-from .search import NearestNeighbors
+from .memory.search import NearestNeighbors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -346,13 +349,13 @@ class EdgeDetector:
             by_variant = metadata.get("variant_thresholds", True) and (
                 metadata.get("normalization") or metadata.get("thresholding")
             )
-            tables = {name: tables[name] for name in (bundles.CONSTANTS if by_variant else bundles.CONSTANTS[:2])}
+            tables = {name: tables[name] for name in (CONSTANTS if by_variant else CONSTANTS[:2])}
             xml, weights = (read.contents[name] for name in bundles.WHOLE)
             files = {BANK: save(arrays, {"plain": json.dumps(plain, allow_nan=False)})}
             if by_variant and capacity > room:
-                xml, weights = bundles.grown(xml, weights, tables)
+                xml, weights = ir.grown(xml, weights, tables)
                 files["model.xml"] = xml
-            files["model.bin"] = bundles.replaced(weights, bundles.constants(xml, tables), tables)
+            files["model.bin"] = ir.replaced(weights, ir.constants(xml, tables), tables)
             changes = {"variants": knowledge.names, "variant_capacity": capacity}
             self._bundle = bundles.update(self._bundle, files, changes)
             self._saved = knowledge
@@ -472,7 +475,7 @@ class _Network:
     """What runs in OpenVINO, from an image in [0, 1]: the backbone of a model that learns, or the whole of another."""
 
     def __init__(self, read: Bundle, size: tuple[int, int], device: str, precision: str) -> None:
-        core = bundles.core()
+        core = device_core()
         plain = device.partition(":")[0].partition(".")[0]
         # The CPU is always there; looking for others loads their drivers.
         if plain not in {"CPU", "AUTO", "BATCH", "HETERO", "MULTI"} and not any(

@@ -15,9 +15,9 @@ from anomalib.models.image.mh_patchcore.anomaly_map import AnomalyMapGenerator
 from anomalib.models.image.mh_patchcore.torch_model import MHPatchcoreModel
 from torch import nn
 
-from anomalib_ext.models.components.k_center import farthest_first, nearest
 from anomalib_ext.models.components.patchcore import anomaly_maps, search
-from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank, f1_threshold
+from openvino_export.memory.k_center import farthest_first, nearest
+from openvino_export.memory.memory_bank import MemoryBank, f1_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

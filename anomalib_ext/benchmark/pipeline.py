@@ -24,8 +24,8 @@ from rich.console import Console
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.models import ContinualPatchCore
 from anomalib_ext.models.components.training import replacing, write_table
-from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
-from anomalib_ext.models.continual_patchcore.views import FEW_IMAGES
+from openvino_export.memory.augment import FEW_IMAGES
+from openvino_export.memory.memory_bank import MemoryBank
 
 from .learners import LEARNERS, ContinualPatchCoreLearner, Joint, Learner
 from .report import Row, write_report

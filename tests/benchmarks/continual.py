@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score, roc_auc_score
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_ext.models.components.k_center import farthest_first, nearest
-from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
-from anomalib_ext.models.continual_patchcore.views import FEW_IMAGES
+from openvino_export.memory.augment import FEW_IMAGES
+from openvino_export.memory.k_center import farthest_first, nearest
+from openvino_export.memory.memory_bank import MemoryBank
 
 Patches = NDArray[np.float32]
 

@@ -115,8 +115,8 @@ def compare_latency(folder: Path, images: list[Path], rounds: int) -> None:
 
 def compare_learning(folder: Path, all_images: list[Path]) -> None:
     """Print the time of learning images of a new variant and of predicting them, and the peak memory."""
-    from anomalib_ext.models.continual_patchcore.views import FEW_IMAGES
     from openvino_export import EdgeDetector
+    from openvino_export.memory.augment import FEW_IMAGES
 
     for images, how in ((all_images, "as they are"), (all_images[:FEW_IMAGES], "with views")):
         with TemporaryDirectory() as temporary:

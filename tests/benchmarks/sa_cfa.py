@@ -30,8 +30,8 @@ from jsonargparse import auto_cli
 
 from anomalib_ext.models.components import patchcore
 from anomalib_ext.models.components.backbone import backbone_pre_processor
-from anomalib_ext.models.components.k_center import farthest_first
 from anomalib_ext.models.sa_cfa_patchcore.torch_model import SaCfaPatchCoreModel
+from openvino_export.memory.k_center import farthest_first
 
 T = TypeVar("T")
 Test = list[tuple[torch.Tensor, ImageItem]]  # images as the backbone wants them

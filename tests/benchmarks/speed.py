@@ -22,8 +22,8 @@ from anomalib.models import ContinualPatchCore
 from anomalib.models.components import KCenterGreedy
 from jsonargparse import auto_cli
 
-from anomalib_ext.models.components.k_center import farthest_first, nearest
-from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
+from openvino_export.memory.k_center import farthest_first, nearest
+from openvino_export.memory.memory_bank import MemoryBank
 
 T = TypeVar("T")
 

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from openvino_export import EdgeDetector
-from openvino_export import bundle as bundles
-from openvino_export.bundle import BundleError
+from openvino_export.bundle import folder as bundles
+from openvino_export.bundle import ir
+from openvino_export.bundle.folder import BundleError
 
 FILES = ("bank.safetensors", "features.bin", "features.xml", "model.bin", "model.xml")
 Change = Callable[[Path], Any]
@@ -67,7 +68,7 @@ def other_bank(folder: Path) -> None:
     """Have a bank of another dimension, with a checksum that is right."""
     from safetensors.numpy import save
 
-    from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
+    from openvino_export.memory.memory_bank import MemoryBank
 
     bank = MemoryBank(10)
     bank.learn(np.ones((3, 5), np.float32), "foreign")
@@ -268,7 +269,7 @@ def test_readers_while_it_changes(bundle: Path) -> None:
 
 HOLD = """
 import sys, time
-from openvino_export import bundle
+from openvino_export.bundle import folder as bundle
 with bundle.locked(sys.argv[1]):
     print("locked", flush=True)
     time.sleep(60)
@@ -303,7 +304,7 @@ while True:
         detector.learn(images[:count], "dots", force=True)
         detector.save()
         print("saved", flush=True)
-    from openvino_export.bundle import undo
+    from openvino_export.bundle.folder import undo
     for _ in range(3):
         undo(bundle)
     detector.reload()
@@ -342,16 +343,16 @@ def test_constants_that_share_bytes_are_refused() -> None:
     layer = '<layer id="0" name="{}" type="Const"><data element_type="f32" shape="2" offset="{}" size="8"/>'
     xml = (layer.format("bank.vectors", 0) + layer.format("other", 4)).encode()
     with pytest.raises(BundleError, match=r"bank.vectors and other of model.xml share"):
-        bundles.constants(xml, ["bank.vectors"])
+        ir.constants(xml, ["bank.vectors"])
     apart = (layer.format("bank.vectors", 0) + layer.format("other", 8)).encode()
-    places = bundles.constants(apart, ["bank.vectors"])
-    assert bundles.replaced(bytes(16), places, {"bank.vectors": np.ones(2)}) == np.float32([1, 1]).tobytes() + bytes(8)
+    places = ir.constants(apart, ["bank.vectors"])
+    assert ir.replaced(bytes(16), places, {"bank.vectors": np.ones(2)}) == np.float32([1, 1]).tobytes() + bytes(8)
     with pytest.raises(BundleError, match="not of one export"):
-        bundles.replaced(bytes(4), places, {"bank.vectors": np.ones(2)})
+        ir.replaced(bytes(4), places, {"bank.vectors": np.ones(2)})
     with pytest.raises(BundleError, match="not of one export"):
-        bundles.replaced(bytes(16), places, {"bank.vectors": np.ones(3)})
+        ir.replaced(bytes(16), places, {"bank.vectors": np.ones(3)})
     with pytest.raises(BundleError, match=r"no constant bank.owners"):
-        bundles.constants(apart, ["bank.owners"])
+        ir.constants(apart, ["bank.owners"])
 
 
 def test_a_folder_that_cannot_be_written(bundle: Path, good: dict[str, list[Path]]) -> None:

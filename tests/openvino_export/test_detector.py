@@ -20,10 +20,12 @@ from PIL import Image
 from torchvision.transforms.v2 import Resize
 
 from anomalib_ext.models import ContinualPatchCore
-from anomalib_ext.models.continual_patchcore.tables import graph_tables
 from openvino_export import EdgeDetector
-from openvino_export.bundle import BundleError, core, grown, read, undo
+from openvino_export.bundle.constants import graph_tables
+from openvino_export.bundle.folder import BundleError, read, undo
+from openvino_export.bundle.ir import grown
 from openvino_export.detector import SUSPICION, Prediction
+from openvino_export.device import core
 from openvino_export.images import load, resize
 
 Make = Callable[..., Any]
@@ -399,7 +401,7 @@ def test_background_judging_ends_with_the_process(exported: Path, tested: list[P
 FIRST_TOGETHER = """
 import sys
 import threading
-from openvino_export.bundle import core
+from openvino_export.device import core
 
 def convert():
     together.wait()

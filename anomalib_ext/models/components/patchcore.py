@@ -7,7 +7,7 @@ not taken anew, one matrix product ranks the vectors, and only the nearest one's
 
 import torch
 
-from .anomaly_map import map_matrix
+from openvino_export.anomaly_map import map_matrix
 
 # Patches that are looked up at a time; with 64 and 1024 the search was slower.
 CHUNK_SIZE = 256

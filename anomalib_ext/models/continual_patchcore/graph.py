@@ -9,9 +9,9 @@ from safetensors.numpy import save
 from torch import nn
 
 from anomalib_ext.export import EMBEDDING, OUTPUTS, Bundle
+from openvino_export.bundle.constants import graph_tables, variant_capacity
 
 from .post_processor import VariantPostProcessor
-from .tables import graph_tables, variant_capacity
 
 if TYPE_CHECKING:
     from .lightning_model import ContinualPatchCore

@@ -30,12 +30,12 @@ from anomalib_ext.data import MultiCategory
 from anomalib_ext.export import Bundle, BundleExport
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.training import SMALLEST_SIDE, InspectionModule, UnreadableImages, check_files
+from openvino_export.memory.augment import RECENT_IMAGES, are_few, calibrate_from_views
+from openvino_export.memory.memory_bank import MemoryBank, Report
 
 from .graph import bundle_of
-from .memory_bank import MemoryBank, Report
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
-from .views import RECENT_IMAGES, are_few, calibrate_from_views
 
 logger = logging.getLogger(__name__)
 

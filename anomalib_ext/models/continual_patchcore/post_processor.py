@@ -7,8 +7,9 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 
-from .memory_bank import MemoryBank
-from .tables import threshold_tables
+from openvino_export.bundle.constants import threshold_tables
+from openvino_export.memory.memory_bank import MemoryBank
+
 from .torch_model import ContinualInferenceBatch
 
 

@@ -13,10 +13,9 @@ from torch import nn
 
 from anomalib_ext.models.components import patchcore
 from anomalib_ext.models.components.backbone import load_backbone
-
-from .memory_bank import MemoryBank
-from .tables import bank_tables
-from .views import NUM_VIEWS, augmented_views, image_hash
+from openvino_export.bundle.constants import bank_tables
+from openvino_export.memory.augment import NUM_VIEWS, augmented_views, image_hash
+from openvino_export.memory.memory_bank import MemoryBank
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from anomalib_ext.data.anomaly_synthesis import AnomalySynthesis
 from anomalib_ext.export import Bundle
 from anomalib_ext.models.components.backbone import backbone_normalization, describe_vit
-from anomalib_ext.models.components.distillation import DistillationModule
+from anomalib_ext.models.components.reverse_distillation import DistillationModule
 from anomalib_ext.models.components.training import check_files
 
 from .torch_model import MAP_SIDE, CrrModel

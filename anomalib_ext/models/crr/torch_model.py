@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_ext.models.components.backbone import describe_vit
-from anomalib_ext.models.components.distillation import Teacher
+from anomalib_ext.models.components.reverse_distillation import Teacher
 from anomalib_ext.models.components.training import check_images, check_scores
 
 # Side in pixels of the maps that are fused, blurred and scored, and the number of pixels that make up the score.

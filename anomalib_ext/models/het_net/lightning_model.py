@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from anomalib_ext.models.components.backbone import backbone_pre_processor
-from anomalib_ext.models.components.distillation import DistillationModule, check_save_teachers
+from anomalib_ext.models.components.reverse_distillation import DistillationModule, check_save_teachers
 
 from .loss import HetNetLoss
 from .torch_model import HetNetModel

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_ext.models.components.backbone import backbone_normalization, describe_vit
-from anomalib_ext.models.components.distillation import (
+from anomalib_ext.models.components.reverse_distillation import (
     MultiScaleFusion,
     Student,
     Teacher,

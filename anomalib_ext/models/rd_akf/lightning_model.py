@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Adam
 
 from anomalib_ext.models.components.backbone import backbone_pre_processor
-from anomalib_ext.models.components.distillation import DistillationModule, check_save_teachers
+from anomalib_ext.models.components.reverse_distillation import DistillationModule, check_save_teachers
 
 from .torch_model import RdAkfModel
 

@@ -8,7 +8,7 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import nn
 
-from anomalib_ext.models.components.distillation import (
+from anomalib_ext.models.components.reverse_distillation import (
     STRIDE,
     Student,
     Teacher,

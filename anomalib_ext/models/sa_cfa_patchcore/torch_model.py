@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_ext.models.components import patchcore
 from anomalib_ext.models.components.backbone import load_backbone
-from anomalib_ext.models.components.k_center import farthest_first
+from openvino_export.memory.k_center import farthest_first
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler

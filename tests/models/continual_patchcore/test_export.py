@@ -26,9 +26,10 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_ext import export
 from anomalib_ext.models import ContinualPatchCore
-from anomalib_ext.models.continual_patchcore.memory_bank import MemoryBank
-from anomalib_ext.models.continual_patchcore.tables import graph_tables
-from openvino_export import bundle
+from openvino_export.bundle import folder as bundle
+from openvino_export.bundle import ir
+from openvino_export.bundle.constants import graph_tables
+from openvino_export.memory.memory_bank import MemoryBank
 
 Make = Callable[..., Any]
 
@@ -193,9 +194,9 @@ def test_half_precision_and_several_neighbors(
     assert_takes_any_batch(path, images, expected)
 
 
-def constants_of(path: Path) -> tuple[bytes, dict[str, bundle.Constant]]:
+def constants_of(path: Path) -> tuple[bytes, dict[str, ir.Constant]]:
     """Return the weights of an exported file, and where the bank lies in them."""
-    return path.with_suffix(".bin").read_bytes(), bundle.constants(path.read_bytes())
+    return path.with_suffix(".bin").read_bytes(), ir.constants(path.read_bytes())
 
 
 def test_learning_changes_bytes_of_one_file(
@@ -216,12 +217,12 @@ def test_learning_changes_bytes_of_one_file(
 
     weights, places = constants_of(path)
     tables = graph_tables(model.model.bank, model.model.memory_bank.shape[1], capacity=64)
-    assert set(tables) == set(places) == set(bundle.CONSTANTS)
-    path.with_suffix(".bin").write_bytes(bundle.replaced(weights, places, tables))
+    assert set(tables) == set(places) == set(ir.CONSTANTS)
+    path.with_suffix(".bin").write_bytes(ir.replaced(weights, places, tables))
     assert_same(run(path, images, EXACT), after)
     # A variant's table may grow up to its capacity, and thresholds count as well as vectors.
     tables["bank.image_values"][:, 0] += 1000
-    path.with_suffix(".bin").write_bytes(bundle.replaced(weights, places, tables))
+    path.with_suffix(".bin").write_bytes(ir.replaced(weights, places, tables))
     assert not run(path, images, EXACT)["pred_label"].any()
 
 
@@ -390,7 +391,7 @@ def test_quantisation_of_the_backbone(
     assert kinds == {("Convolution", False), ("Convolution", True), ("GroupConvolution", False)}
     weights, places = constants_of(path)
     tables = graph_tables(two.model.bank, two.model.memory_bank.shape[1], capacity=64)
-    assert bundle.replaced(weights, places, tables) == weights
+    assert ir.replaced(weights, places, tables) == weights
     metadata = bundle.read(path.parent).metadata
     assert metadata["compression"] == "INT8"
     for values in metadata["accuracy"].values():

@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from anomalib_ext.data import MultiCategory, PhotoVariants
 from anomalib_ext.models import ContinualPatchCore
 from anomalib_ext.models.components.training import AtomicCheckpointIO
-from anomalib_ext.models.continual_patchcore import lightning_model, memory_bank
+from anomalib_ext.models.continual_patchcore import lightning_model
+from openvino_export.memory import memory_bank
 
 Make = Callable[..., Any]
 
@@ -1055,7 +1056,7 @@ def test_ten_times_the_images_take_no_more_memory(tmp_path: Path) -> None:
 
 LAZY = """
 import sys
-import anomalib_ext, openvino_export, anomalib_ext.models.continual_patchcore.memory_bank
+import anomalib_ext, openvino_export, openvino_export.memory.memory_bank
 loaded = {"torch", "anomalib", "faiss", "openvino", "lightning", "timm"} & set(sys.modules)
 assert not loaded, loaded
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_ext.models.components.distillation import MultiScaleFusion
+from anomalib_ext.models.components.reverse_distillation import MultiScaleFusion
 from anomalib_ext.models.het_net.loss import HetNetLoss
 from anomalib_ext.models.het_net.torch_model import CrossAttention, HetNetModel, HybridFusion, _pooling
 

@@ -7,7 +7,7 @@ from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGen
 from anomalib.models.image.reverse_distillation.torch_model import ReverseDistillationModel
 from torch import nn
 
-from anomalib_ext.models.components.distillation import MultiScaleFusion, Student
+from anomalib_ext.models.components.reverse_distillation import MultiScaleFusion, Student
 from anomalib_ext.models.rd_akf.torch_model import AsymptoticFusion, ContentWeightedSum, RdAkfModel
 
 CHANNELS = (4, 6, 8)

@@ -14,7 +14,7 @@ from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, Tor
 
 from anomalib_ext.models import SaCfaPatchCore
 from openvino_export import EdgeDetector
-from openvino_export.bundle import BundleError
+from openvino_export.bundle.folder import BundleError
 
 Make = Callable[..., Any]
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}

@@ -10,8 +10,17 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .memory_bank import MemoryBank
+    from openvino_export.memory.memory_bank import MemoryBank
 
+# Names of the constants of model.xml that learning changes.
+CONSTANTS = (
+    "bank.vectors",
+    "bank.squares",
+    "bank.owners",
+    "bank.positions",
+    "bank.image_values",
+    "bank.pixel_values",
+)
 # Room for the thresholds of so many variants, doubled until all fit.
 SMALLEST_CAPACITY = 64
 

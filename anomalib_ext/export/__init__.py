@@ -31,7 +31,9 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_ext import __version__
-from openvino_export import bundle
+from openvino_export.bundle import folder as bundle
+from openvino_export.bundle import ir
+from openvino_export.device import core
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -333,7 +335,7 @@ def _to_openvino(
     for table, (_, values) in tables.items():
         parameter = next(node for node in model.get_parameters() if table in node.output(0).names)
         if parameter.output(0).get_target_inputs():  # a post-processor may have no use for it
-            parameter.output(0).replace(bundle.placeholder(table, values).output(0))
+            parameter.output(0).replace(ir.placeholder(table, values).output(0))
         model.remove_parameter(parameter)
     model.validate_nodes_and_infer_types()
     return model
@@ -359,8 +361,8 @@ def _save(model: "ov.Model", path: Path, values: Mapping[str, NDArray[Any]]) -> 
     held = {node.get_friendly_name() for node in model.get_ops()}
     values = {name: value for name, value in values.items() if name in held}
     weights = path.with_suffix(".bin")
-    places = bundle.constants(path.read_bytes(), list(values))
-    weights.write_bytes(bundle.replaced(weights.read_bytes(), places, values))
+    places = ir.constants(path.read_bytes(), list(values))
+    weights.write_bytes(ir.replaced(weights.read_bytes(), places, values))
     return path
 
 
@@ -410,7 +412,7 @@ def _halved(model: "ov.Model") -> "ov.Model":
         path = Path(folder) / "model.xml"
         ov.save_model(model, path, compress_to_fp16=True)
         # From memory, since a file that is mapped cannot be removed everywhere.
-        return bundle.core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
+        return core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
 
 
 def _resized(item: Any, size: tuple[int, int]) -> NDArray[np.float32]:  # noqa: ANN401  # an item of any data set
@@ -447,10 +449,9 @@ def _compare(
     if not len(items):
         msg = f"The datamodule has no test images, which {name} is to be compared with FP32 on."
         raise ValueError(msg)
-    core = bundle.core()
     models = {
-        "FP32": core.compile_model(reference, "CPU", {"INFERENCE_PRECISION_HINT": PRECISION_HINT}),
-        name: core.compile_model(compressed, "CPU", {"INFERENCE_PRECISION_HINT": PRECISION_HINT}),
+        "FP32": core().compile_model(reference, "CPU", {"INFERENCE_PRECISION_HINT": PRECISION_HINT}),
+        name: core().compile_model(compressed, "CPU", {"INFERENCE_PRECISION_HINT": PRECISION_HINT}),
     }
     scores: dict[str, list[float]] = {key: [] for key in models}
     decisions: dict[str, list[bool]] = {key: [] for key in models}

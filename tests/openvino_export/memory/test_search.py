@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from openvino_export.search import CELLS, SMALLEST_CELL, NearestNeighbors, product
+from openvino_export.memory.search import CELLS, SMALLEST_CELL, NearestNeighbors, product
 
 Array = NDArray[np.float32]
 
@@ -108,7 +108,7 @@ def test_no_more_bounds_at_once_than_fit(monkeypatch: pytest.MonkeyPatch) -> Non
         return candidates(points, near)
 
     monkeypatch.setattr(search, "_candidates", watched)
-    monkeypatch.setattr("openvino_export.search.LARGEST_TABLE", 2**17)
+    monkeypatch.setattr("openvino_export.memory.search.LARGEST_TABLE", 2**17)
     parts = search.search(queries)
     assert len(sizes) == 12
     assert max(sizes) <= 2**17

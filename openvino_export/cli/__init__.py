@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .detector import Prediction
+    from openvino_export.detector import Prediction
 
 # Exit codes; 2 is that of wrong arguments.
 GOOD, ERROR, ANOMALOUS = 0, 1, 3
@@ -45,7 +45,7 @@ def predict(
         precision: Precision to compute in, such as bf16; that of the bundle by default.
         frames: Number of frames of a video or camera after which to stop.
     """
-    from .detector import EdgeDetector
+    from openvino_export.detector import EdgeDetector
 
     _check_output(output, source)
     detector = EdgeDetector(bundle, device, precision)
@@ -79,7 +79,7 @@ def learn(
         force: Learn images that look anomalous as well.
         device: Device of OpenVINO.
     """
-    from .detector import EdgeDetector
+    from openvino_export.detector import EdgeDetector
 
     detector = EdgeDetector(bundle, device)
     paths = _paths(Path(source))
@@ -106,7 +106,7 @@ def info(bundle: str) -> int:
     Args:
         bundle: Folder that the export to openvino has written.
     """
-    from .detector import EdgeDetector
+    from openvino_export.detector import EdgeDetector
 
     print(json.dumps(EdgeDetector(bundle).info(), indent=2))
     return GOOD
@@ -118,8 +118,8 @@ def undo(bundle: str) -> int:
     Args:
         bundle: Folder that the export to openvino has written.
     """
-    from .bundle import read
-    from .bundle import undo as bring_back
+    from openvino_export.bundle.folder import read
+    from openvino_export.bundle.folder import undo as bring_back
 
     bring_back(bundle)
     _print({"variants": read(bundle).metadata["variants"]})
@@ -146,9 +146,9 @@ def benchmark(
     """
     import numpy as np
 
-    from .bundle import core
-    from .detector import EdgeDetector
-    from .images import load
+    from openvino_export.detector import EdgeDetector
+    from openvino_export.device import core
+    from openvino_export.images import load
 
     devices, precisions = ([given] if isinstance(given, str) else given for given in (devices, precisions))
     for device in devices or core().available_devices:
@@ -194,8 +194,8 @@ def parity(bundle: str, source: str, reference: str | None = None, tolerance: fl
     """
     import numpy as np
 
-    from .detector import EdgeDetector
-    from .images import load, resize
+    from openvino_export.detector import EdgeDetector
+    from openvino_export.images import load, resize
 
     detector = EdgeDetector(bundle, device)
     judge = _reference(Path(reference or Path(bundle) / "model.xml"), detector.info()["model"])
@@ -238,7 +238,7 @@ def watch(
         interval: Seconds between two looks at the folder.
         idle: Seconds without a new image after which to stop.
     """
-    from .detector import EdgeDetector
+    from openvino_export.detector import EdgeDetector
 
     if not Path(folder).is_dir():
         msg = f"There is no folder {folder} to watch."
@@ -325,7 +325,7 @@ def _reference(path: Path, name: str) -> Callable[[NDArray[np.float32]], dict[st
     if path.suffix not in {".onnx", ".xml"} or not path.is_file():
         msg = f"There is no model {path} to compare with; give a file that ends in .xml, .onnx or .ckpt."
         raise ValueError(msg)
-    from .bundle import core
+    from openvino_export.device import core
 
     compiled = core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda image: {next(iter(key.names)): value for key, value in compiled(image).items()}
@@ -335,7 +335,7 @@ def _reference(path: Path, name: str) -> Callable[[NDArray[np.float32]], dict[st
 
 
 def _files(folder: Path) -> list[Path]:
-    from .images import files_in
+    from openvino_export.images import files_in
 
     return files_in(folder)
 
@@ -353,7 +353,7 @@ def _paths(source: Path) -> list[Path]:
 
 def _images(source: str, frames: int | None) -> tuple[Iterable[tuple[str, Any]], int | None]:
     """Names and images of a source, and how many there are, if that is known."""
-    from .images import SUFFIXES
+    from openvino_export.images import SUFFIXES
 
     path = Path(source)
     if path.is_dir() or path.suffix.lower() in SUFFIXES:

@@ -4,10 +4,10 @@
 import numpy as np
 import pytest
 
-from anomalib_ext.models.components.anomaly_map import anomaly_maps
-from anomalib_ext.models.components.k_center import nearest
-from anomalib_ext.models.continual_patchcore.memory_bank import CALIBRATION_PATCHES, MemoryBank
-from anomalib_ext.models.continual_patchcore.views import augmented_views, calibrate_from_views, image_hash
+from openvino_export.anomaly_map import anomaly_maps
+from openvino_export.memory.augment import augmented_views, calibrate_from_views, image_hash
+from openvino_export.memory.k_center import nearest
+from openvino_export.memory.memory_bank import CALIBRATION_PATCHES, MemoryBank
 
 
 def smooth_image(height: int, width: int) -> np.ndarray:

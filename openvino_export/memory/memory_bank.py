@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anomalib_ext.models.components.k_center import nearest
+from openvino_export.memory.k_center import nearest
 
 from .variant import LISTS, REMEMBERED_IMAGES, Calibration, Variant, VariantStream, cut, description, rounded
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from anomalib.models.image.patchcore.anomaly_map import AnomalyMapGenerator
 
-from anomalib_ext.models.components.anomaly_map import anomaly_maps, map_matrix
+from openvino_export.anomaly_map import anomaly_maps, map_matrix
 
 
 @pytest.mark.parametrize(

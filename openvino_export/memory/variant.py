@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anomalib_ext.models.components.k_center import farthest_first, nearest, single_threaded
+from openvino_export.memory.k_center import farthest_first, nearest, single_threaded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

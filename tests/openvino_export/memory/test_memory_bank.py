@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from numpy.typing import NDArray
 
-from anomalib_ext.models.components import k_center
-from anomalib_ext.models.components.k_center import BLOCK_SIZE, farthest_first, nearest
-from anomalib_ext.models.continual_patchcore import memory_bank, variant
-from anomalib_ext.models.continual_patchcore.memory_bank import (
+from openvino_export.memory import k_center, memory_bank, variant
+from openvino_export.memory.k_center import BLOCK_SIZE, farthest_first, nearest
+from openvino_export.memory.memory_bank import (
     CALIBRATION_IMAGES,
     CALIBRATION_PATCHES,
     MemoryBank,

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from anomalib_ext.models import HetNet, RdAkf
-from anomalib_ext.models.components import distillation
-from anomalib_ext.models.components.distillation import Teacher, check_size, resize_block
+from anomalib_ext.models.components import reverse_distillation
+from anomalib_ext.models.components.reverse_distillation import Teacher, check_size, resize_block
 
 Make = Callable[..., Any]
 
@@ -119,9 +119,9 @@ def _loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def _without_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have nothing logged where there is no trainer."""
-    log = distillation.DistillationModule.log
+    log = reverse_distillation.DistillationModule.log
     monkeypatch.setattr(
-        distillation.DistillationModule,
+        reverse_distillation.DistillationModule,
         "log",
         lambda self, *args, **kwargs: log(self, *args, **kwargs) if self._trainer else None,
     )

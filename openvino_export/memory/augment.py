@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from anomalib_ext.models.components.anomaly_map import anomaly_maps
+from openvino_export.anomaly_map import anomaly_maps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The constants of an OpenVINO graph that learning changes, found and replaced in its files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from openvino_export.device import core
+
+from .constants import CONSTANTS
+from .folder import BundleError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from numpy.typing import NDArray
+
+_DTYPES = {"f16": "float16", "f32": "float32", "f64": "float64", "i32": "int32", "i64": "int64"}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Place of a constant of an IR in its .bin file.
+
+    Attributes:
+        offset: First byte.
+        size: Number of bytes.
+        dtype: NumPy's name of the element type.
+        shape: Shape.
+    """
+
+    offset: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def constants(xml: bytes, names: Collection[str] = CONSTANTS) -> dict[str, Constant]:
+    """Find constants of an IR by the name of their layer.
+
+    Args:
+        xml: Content of the .xml file.
+        names: Names of the layers.
+
+    Raises:
+        BundleError: If one is missing, or shares its bytes with another layer.
+    """
+    found: dict[str, Constant] = {}
+    places: list[tuple[int, int, str]] = []
+    for layer, data in re.findall(r"<layer\b([^>]*)>\s*<data\b([^>]*)/>", xml.decode()):
+        head, body = (dict(re.findall(r'([\w-]+)="([^"]*)"', part)) for part in (layer, data))
+        if head.get("type") != "Const":
+            continue
+        name, offset, size = head["name"], int(body["offset"]), int(body["size"])
+        places.append((offset, offset + size, name))
+        if name in names:
+            shape = tuple(int(side) for side in body["shape"].split(",") if side.strip())
+            dtype = _DTYPES.get(body["element_type"], "")
+            if not dtype or np.prod(shape) * np.dtype(dtype).itemsize != size:
+                msg = f"The constant {name} of model.xml has an unknown type {body['element_type']}; export it again."
+                raise BundleError(msg)
+            found[name] = Constant(offset, size, dtype, shape)
+    for name in names:
+        if name not in found:
+            msg = f"model.xml has no constant {name}, so it cannot take in what is learned; export the model again."
+            raise BundleError(msg)
+        first, last = found[name].offset, found[name].offset + found[name].size
+        for begin, end, other in places:
+            if other != name and begin < last and first < end:
+                msg = f"The constants {name} and {other} of model.xml share their bytes; export the model again."
+                raise BundleError(msg)
+    return found
+
+
+def placeholder(name: str, values: NDArray[Any]) -> Any:  # noqa: ANN401  # OpenVINO's node
+    """Constant of an IR that takes these values once it is in a file, see :func:`replaced`.
+
+    Its values are random for now, since OpenVINO writes equal constants to the same bytes.
+    """
+    from openvino import opset13
+
+    random = np.random.default_rng(list(name.encode())).integers(1, 100, values.shape)
+    constant = opset13.constant(random.astype(values.dtype))
+    constant.set_friendly_name(name)
+    return constant
+
+
+def grown(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any]]) -> tuple[bytes, bytes]:
+    """Files of an IR whose constants have other shapes.
+
+    Args:
+        xml: Content of the .xml file.
+        weights: Content of the .bin file.
+        values: New values of all constants that learning changes, of other shapes; :func:`replaced` writes them.
+    """
+    import openvino as ov
+
+    model = core().read_model(xml, weights)
+    for node in model.get_ops():
+        if (name := node.get_friendly_name()) in values:
+            node.output(0).replace(placeholder(name, values[name]).output(0))
+    model.validate_nodes_and_infer_types()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        ov.save_model(model, path, compress_to_fp16=False)
+        return path.read_bytes(), path.with_suffix(".bin").read_bytes()
+
+
+def replaced(weights: bytes, places: Mapping[str, Constant], values: Mapping[str, NDArray[Any]]) -> bytes:
+    """Content of a .bin file with other values of constants.
+
+    Args:
+        weights: Content of the .bin file.
+        places: What :func:`constants` found.
+        values: New values, of the constants' shapes.
+
+    Raises:
+        BundleError: If a value is of another shape, or a constant lies beyond the end.
+    """
+    content = bytearray(weights)
+    for name, value in values.items():
+        place = places[name]
+        if value.shape != place.shape or place.offset + place.size > len(content):
+            msg = (
+                f"The constant {name} of model.xml has the shape {place.shape}, not {value.shape}, or lies beyond "
+                "model.bin: the files are not of one export. Export the model again."
+            )
+            raise BundleError(msg)
+        content[place.offset : place.offset + place.size] = np.ascontiguousarray(value, place.dtype).tobytes()
+    return bytes(content)
