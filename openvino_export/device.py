@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenVINO's core, one for the process."""
+"""OpenVINO's core, one for the process, and the devices that it finds."""
 
 from __future__ import annotations
 
@@ -30,3 +30,19 @@ def _core() -> ov.Core:
     # Threads whose first inferences meet in this conversion wait for each other for ever; once done, it is safe.
     ov.Type.f32.to_dtype()
     return ov.Core()
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this PC does not have.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    plain = device.partition(":")[0].partition(".")[0]
+    # The CPU is always there; looking for others loads their drivers.
+    if plain in {"CPU", "AUTO", "BATCH", "HETERO", "MULTI"}:
+        return
+    found = core().available_devices
+    if not any(device == known or plain == known.partition(".")[0] for known in found):
+        msg = f"OpenVINO finds no device {device} on this PC. It finds {', '.join(found)}."
+        raise ValueError(msg)

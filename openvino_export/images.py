@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images as the models take them, without torch: the same values, and the same refusals, as on the training PC."""
+"""Images as the models take them: formats, limits, reading, resizing, hashes. Without torch.
+
+What is refused, and in which words, is decided here for the training PC as well.
+"""
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +14,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL import Image
 
     Array = NDArray[np.float32]
 
@@ -56,14 +61,35 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
     from PIL import Image
 
     with Image.open(path) as image:
-        _check_size(*image.size, str(path))
-        if image.mode.startswith(("I", "F")):
-            msg = (
-                f"{path} has pixels of mode {image.mode!r} (more than 8 bits). They would be clipped to 8 bits: "
-                "convert the image to 8 bits first, in the same way for learning and for judging."
-            )
-            raise ValueError(msg)
+        _check_header(image, path)
         return np.asarray(image.convert("RGB"))
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse an image file that a reader would take for something else than what it shows.
+
+    A file that cannot be opened is passed over: whoever reads its pixels says so.
+
+    Raises:
+        ValueError: If it is too small, or of more than 8 bits.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            _check_header(image, path)
+    except OSError:
+        return
+
+
+def _check_header(image: Image.Image, path: str | Path) -> None:
+    _check_size(*image.size, str(path))
+    if image.mode.startswith(("I", "F")):
+        msg = (
+            f"{path} has pixels of mode {image.mode!r} (more than 8 bits). They would be clipped to 8 bits: "
+            "convert the image to 8 bits first, in the same way for learning and for judging."
+        )
+        raise ValueError(msg)
 
 
 def _from_array(pixels: NDArray[Any], name: str) -> Array:
@@ -79,7 +105,23 @@ def _from_array(pixels: NDArray[Any], name: str) -> Array:
     if not np.issubdtype(pixels.dtype, np.floating):
         msg = f"{name} must be of 8 bits or of floats in [0, 1], got {pixels.dtype}; convert it first."
         raise ValueError(msg)
-    image = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+    return check_values(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32), name)
+
+
+def check_values(image: Array, name: str) -> Array:
+    """Refuse an image of floats that cannot be learned or judged.
+
+    Args:
+        image: Shape `(3, H, W)`.
+        name: What messages call it.
+
+    Returns:
+        The image.
+
+    Raises:
+        ValueError: If it is too small, not finite, or not in [0, 1].
+    """
+    _check_size(image.shape[2], image.shape[1], name)
     if not np.isfinite(image).all():
         msg = f"{name} holds NaN or infinite values."
         raise ValueError(msg)
@@ -115,6 +157,13 @@ def resize(image: Array, size: tuple[int, int]) -> Array:
     # Floats, since 8-bit images would be rounded between the two passes and at the end.
     channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in image]
     return np.stack([np.asarray(channel.resize(size[::-1], Image.Resampling.BILINEAR)) for channel in channels])
+
+
+def image_hash(image: Array) -> int:
+    """Hash of 64 bits of a normalised image of shape `(3, H, W)`, rounded finer than the steps of 8 bits."""
+    with np.errstate(invalid="ignore"):  # NaN is refused elsewhere, with a better message
+        levels = np.rint(np.asarray(image, np.float32) * np.float32(256)).astype(np.int32)
+    return int.from_bytes(blake2b(levels.tobytes(), digest_size=8).digest(), "big", signed=True)
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openvino_export.memory.thresholds import thresholds
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -50,10 +52,10 @@ def bank_tables(bank: MemoryBank, dimension: int, capacity: int) -> dict[str, ND
     squares = np.full(bank.size, np.inf, np.float32)
     owners = np.zeros(bank.size, np.int64)
     if count := len(bank):
-        learned = bank.vectors
+        learned = bank.vectors()
         vectors[:count] = learned
         squares[:count] = np.einsum("ij,ij->i", learned, learned)
-        owners[:count] = bank.owners
+        owners[:count] = bank.owners()
     return {"vectors": vectors, "squares": squares, "owners": owners, "positions": np.arange(capacity)}
 
 
@@ -75,7 +77,7 @@ def threshold_tables(bank: MemoryBank, capacity: int) -> dict[str, NDArray[np.fl
         raise ValueError(msg)
     tables = {kind: np.full((capacity, 3), np.nan, np.float32) for kind in ("image", "pixel")}
     for position, variant in enumerate(bank.variants):
-        for kind, values in bank.thresholds(variant).items():
+        for kind, values in thresholds(bank, variant).items():
             tables[kind][position] = values
     return {f"{kind}_values": table for kind, table in tables.items()}
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openvino_export.memory.k_center import single_threaded
+from .k_center import single_threaded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -5,8 +5,8 @@ PatchCore (arXiv 2106.08265) that goes on learning, after arXiv 2512.13497, of w
 available; the update rule, the thresholds by variant and the one-shot views are ours. See the README beside this file.
 """
 
-import copy
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from anomalib.data import Batch, ImageBatch, InferenceBatch
-from anomalib.data.utils import read_image
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -29,11 +28,13 @@ from torch import nn
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.export import Bundle, BundleExport
 from anomalib_ext.models.components.backbone import backbone_pre_processor
-from anomalib_ext.models.components.training import SMALLEST_SIDE, InspectionModule, UnreadableImages, check_files
-from openvino_export.memory.augment import RECENT_IMAGES, are_few, calibrate_from_views
-from openvino_export.memory.memory_bank import MemoryBank, Report
+from anomalib_ext.models.components.training import InspectionModule, UnreadableImages, check_files
+from openvino_export.images import check_values, load
+from openvino_export.memory.guard import SUSPICION, excess
+from openvino_export.memory.thresholds import calibrated, calibration_patches, thresholds
+from openvino_export.memory.update import Report
 
-from .graph import bundle_of
+from .graph import bundle_content
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
 
@@ -56,7 +57,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             loaded brings its own, and its own precision.
         num_neighbors: Neighbors that weigh the image score. With the default of 1 the score is the largest patch
             distance, which no later learning can raise by more than the radius bound; weighing breaks that promise.
-        one_shot: Whether a variant of at most 4 images is learned with augmented views of them. Images without a
+        few_shot_views: Whether a variant of at most 4 images is learned with augmented views of them. Images without a
             name are counted by call.
         variant: Name of the variant that is learned. By default it is the category or the name of the datamodule,
             with ``MultiCategory`` the category of each image, and found from the images where there is none.
@@ -66,6 +67,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one.
         visualizer: Visualizer, or whether to use the default one.
+        one_shot: Former name of `few_shot_views`.
 
     Raises:
         ValueError: If the backbone or a layer is unknown, or a size is not positive.
@@ -81,13 +83,8 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
     """
 
     model: ContinualPatchCoreModel
-    _known: tuple[MemoryBank, MemoryBank | None] | None  # bank before an update, and what the update went on with
-    _waiting: dict[str | None, list[torch.Tensor]]  # by label, until it is clear whether they are few
-    _many: set[str | None]  # labels of which they are not
-    _recent: dict[str, list[torch.Tensor]]  # last learned images by variant
-    _validated: set[str]  # variants
     # Of validation images by variant: patches that give the score, and whether the image is anomalous.
-    _calibration: dict[str, list[tuple[NDArray[np.float32], bool]]]
+    _validation: dict[str, list[tuple[NDArray[np.float32], bool]]]
 
     def __init__(
         self,
@@ -97,14 +94,18 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         backbone_weights: str | Path | None = None,
         memory_size: int = 10_000,
         num_neighbors: int = 1,
-        one_shot: bool = True,
+        few_shot_views: bool = True,
         variant: str | None = None,
         precision: str = "float32",
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
+        one_shot: bool | None = None,
     ) -> None:
+        if one_shot is not None:
+            warnings.warn("one_shot is now few_shot_views; use that name.", FutureWarning, stacklevel=2)
+            few_shot_views = one_shot
         if precision not in {"float32", "float16"}:
             msg = f"precision must be 'float32' or 'float16', got {precision!r}."
             raise ValueError(msg)
@@ -125,10 +126,10 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             visualizer=visualizer,
         )
         self.model = model
-        self.one_shot = one_shot
+        self.few_shot_views = few_shot_views
         self.variant = variant
         self.last_report: Report | None = None
-        self._reset()
+        self._validation = {}
         self._continued_from: tuple[int, str] | None = None  # a trainer's id, for models are copied without trainers
 
     @staticmethod
@@ -167,7 +168,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
 
     def bundle(self, size: tuple[int, int]) -> Bundle:
         """What the model brings to its bundle, for images of a height and width."""
-        return bundle_of(self, size)
+        return bundle_content(self.model, self.pre_processor, self.post_processor, self.few_shot_views, size)
 
     # Learning
 
@@ -175,12 +176,14 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         self,
         images: torch.Tensor | str | Path | Sequence[str | Path],
         variant: str | None = None,
+        hold_back: bool = False,
     ) -> Report:
         """Learn normal images, without a trainer. When it fails, nothing is changed.
 
         Args:
             images: RGB images of shape ``(B, 3, H, W)`` in [0, 1], or the path of an image, or several.
             variant: Name of their variant; the model's `variant` by default, and found for each image without one.
+            hold_back: Whether images that look anomalous are held back, as on the edge PC. The report names them.
 
         Returns:
             What changed.
@@ -194,26 +197,42 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         was_training = self.training
         self.eval()
         try:
-            self._begin()
-            if not self._are_few(len(items), variant):
-                self._many.add(variant)
-            self._learn_items(items, variant)
+            self._add(items, variant, hold_back)
             report = self._commit()
         except BaseException:
-            self._undo()
+            self._drop()
             raise
         finally:
-            self._reset()
             self.train(was_training)
         return report
 
-    def _learn_items(self, items: Sequence[torch.Tensor | str | Path], variant: str | None) -> None:
+    def _add(self, items: Sequence[torch.Tensor | str | Path], variant: str | None, hold_back: bool) -> None:
+        """Begin an update with images."""
+        update = self.model.begin_update(self.few_shot_views)
+        limits = self._image_thresholds() if hold_back else {}
         # As a trainer does it; the pre-processor's own call is for exported models, and resizes less smoothly.
         prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
-        for item in items:  # one by one, for they may be many and differ in size
-            image = item if isinstance(item, torch.Tensor) else _read(item)
-            self._waiting[variant] = [prepare(image[None].to(self.device))]
-            self._learn_waiting(variant)
+        for number, item in enumerate(items, 1):  # one by one, for they may be many and differ in size
+            image = item if isinstance(item, torch.Tensor) else torch.from_numpy(load(item))
+            prepared = _to_array(prepare(image[None].to(self.device)))
+            multiple = self._excess(prepared, variant, limits) if hold_back else 0.0
+            if multiple > SUSPICION:
+                name = f"image {number}" if isinstance(item, torch.Tensor) else str(item)
+                update.report.held_back[name] = multiple
+            else:
+                update.add(prepared, variant)
+
+    def _excess(self, image: NDArray[np.float32], variant: str | None, limits: Mapping[str, float]) -> float:
+        """Score of an image of shape ``(1, 3, H, W)`` as a multiple of the threshold of its variant."""
+        embedding = self.model.embed_arrays(image)
+        return excess(embedding.reshape(-1, embedding.shape[-1]), variant, self.model.bank, limits)
+
+    def _image_thresholds(self) -> dict[str, float]:
+        """Threshold of the raw image scores of each variant, as it is judged by."""
+        names = list(self.model.bank.variants)
+        if isinstance(self.post_processor, VariantPostProcessor):
+            return dict(zip(names, self.post_processor.image_thresholds(len(names)), strict=True))
+        return {name: thresholds(self.model.bank, name)["image"][0] for name in names}
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, and one for what fails."""
@@ -221,38 +240,31 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
 
     def on_train_epoch_start(self) -> None:
         """Begin to learn."""
-        self._begin()
+        self.model.begin_update(self.few_shot_views)
 
     def training_step(self, batch: ImageBatch, *args, **kwargs) -> torch.Tensor:
         """Learn a batch of normal images."""
         del args, kwargs
         assert batch.image is not None
         check_files(batch.image_path)
-        labels = self._labels(batch)
+        assert self.model.update is not None
+        labels, images = self._labels(batch), _to_array(batch.image)
         for label in dict.fromkeys(labels):
-            waiting = self._waiting.setdefault(label, [])
-            waiting.append(batch.image[[other == label for other in labels]])
-            if not self._are_few(sum(map(len, waiting)), label):
-                self._many.add(label)
-            if label in self._many:
-                self._learn_waiting(label)
+            self.model.update.add(images[[other == label for other in labels]], label)
         # Lightning wants a loss.
         return torch.tensor(0.0, requires_grad=True, device=self.device)
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""
-        self._calibration = {}
-        for label in [*self._waiting]:
-            self._learn_waiting(label)
-        self.model.bank.flush()
-        self.model.refresh()
+        self._validation = {}
+        update = self.model.update
+        if update is not None:
+            update.flush()
+        self.model.refresh(self.model.bank if update is None else update.bank)
 
     def on_train_epoch_end(self) -> None:
         """Bring the epoch's images into the bank and report."""
-        for label in [*self._waiting]:
-            self._learn_waiting(label)
         report = self._commit()
-        self._reset()
         values = {
             "vectors": report.num_vectors,
             "radius_bound": report.radius_bound,
@@ -265,56 +277,26 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         }
         for name, variant in self.model.bank.variants.items():
             values[f"share/{name}"] = len(variant.radii) / report.num_vectors
-            for kind, (threshold, _, _) in self.model.bank.thresholds(name).items():
+            for kind, (threshold, _, _) in thresholds(self.model.bank, name).items():
                 if not np.isnan(threshold):  # as that of pixels, without masks
                     values[f"{kind}_threshold/{name}"] = threshold
         shown = {"vectors", "radius_bound"}
         for name, value in values.items():
             self.log(f"memory/{name}", float(value), prog_bar=name in shown)
 
-    def _reset(self) -> None:
-        """Leave nothing of an update behind."""
-        self._known = None
-        self._waiting, self._many, self._recent, self._validated, self._calibration = {}, set(), {}, set(), {}
-
-    def _begin(self) -> None:
-        """Begin an update, with a copy of what is known."""
-        self._reset()
-        model = self.model
-        self._known = model.bank, model.interrupted
-        model.bank = copy.deepcopy(model.bank if model.interrupted is None else model.interrupted)
-        model.interrupted = None
-
-    def _are_few(self, images: int, variant: str | None) -> bool:
-        return self.one_shot and are_few(self.model.bank, variant, images)
-
-    def _learn_waiting(self, label: str | None) -> None:
-        for images in self._waiting.pop(label):
-            names = self.model.learn(images, label, augment=label not in self._many)
-            for image, name in zip(images, names, strict=True):
-                if name is not None:
-                    self._recent[name] = [*self._recent.get(name, []), image][-RECENT_IMAGES:]
-
-    def _undo(self) -> None:
-        """Forget what was learned since the beginning of an update that is under way."""
-        if self._known is None:
-            return
-        self.model.bank, self.model.interrupted = self._known
-        self._reset()
-        self.model.refresh()
-        self._refresh()
-
     def _commit(self) -> Report:
         """Bring what was learned into the bank, with thresholds, and report it."""
-        report = self.model.bank.commit()
-        self.model.refresh()
-        for variant, images in self._recent.items():
-            if variant not in self._validated:
-                self._calibrate_from_views(variant, images)
-        self._refresh()
+        report = self.model.commit_update()
+        self._refresh_thresholds()
         logger.info("%s", report)
         self.last_report = report
         return report
+
+    def _drop(self) -> None:
+        """Forget what was learned since the beginning of an update that is under way."""
+        if self.model.update is not None:
+            self.model.drop_update()
+            self._refresh_thresholds()
 
     def _labels(self, batch: Batch) -> list[str | None]:
         """Name of the variant of each image; None where it is to be found."""
@@ -326,40 +308,29 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
 
     # Thresholds
 
-    @torch.no_grad()
-    def _calibrate_from_views(self, variant: str, images: list[torch.Tensor]) -> None:
-        """Set the thresholds of a variant without a validation set."""
-
-        def embed(views: NDArray[np.float32]) -> NDArray[np.float32]:
-            return self.model.embed(torch.from_numpy(views).to(images[0])).cpu().numpy()
-
-        def search(patches: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            scores, index = self.model.nearest_neighbors(torch.from_numpy(patches).to(images[0].device))
-            return scores.cpu().numpy(), index.cpu().numpy()
-
-        arrays = [image.float().cpu().numpy() for image in images]
-        calibrate_from_views(self.model.bank, variant, arrays, embed, search, self.one_shot)
-
     def on_validation_epoch_end(self) -> None:
         """Keep what sets the thresholds of the variants that were validated."""
-        if not self._calibration:
+        if not self._validation:
             return
-        nan = float("nan")
-        pixel = (nan, nan, nan)
-        last = self.post_processor
+        model, last = self.model, self.post_processor
+        pixel = (float("nan"),) * 3
         if isinstance(last, VariantPostProcessor):
             pixel = (float(last.pixel_threshold), float(last.pixel_min), float(last.pixel_max))
-        for name, images in self._calibration.items():
-            patches, labels = zip(*images, strict=True)
-            for bank in (self.model.bank, self.model.interrupted):
-                if bank is not None and name in bank.variants:
-                    bank.calibrate(name, np.stack(patches), np.array(labels), pixel)
-            self._validated.add(name)
-        self._refresh()
+        for name, images in self._validation.items():
+            kept = np.stack([patches for patches, _ in images])
+            labels = np.array([label for _, label in images])
+            if model.update is not None:
+                model.update.calibrate(name, kept, labels, pixel)
+                continue
+            model.bank = calibrated(model.bank, name, kept, labels, pixel)
+            if model.interrupted is not None and name in model.interrupted.bank.variants:
+                model.interrupted.calibrate(name, kept, labels, pixel)
+        model.refresh(model.bank if model.update is None else model.update.bank)
+        self._refresh_thresholds()
 
-    def _refresh(self) -> None:
+    def _refresh_thresholds(self) -> None:
         if isinstance(self.post_processor, VariantPostProcessor):
-            self.post_processor.refresh(self.model.bank)
+            self.post_processor.refresh(self.model.searched)
 
     # Judging
 
@@ -369,15 +340,15 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         embedding, scores = self._score(batch)
         if batch.gt_label is None:
             return batch
-        bank = self.model.bank
+        bank = self.model.searched
         names = list(bank.variants)
         found = [names[i] for i in cast("Any", batch).variant.tolist()]
         variants = [label or other for label, other in zip(self._labels(batch), found, strict=True)]
         arrays = (embedding.flatten(1, 2).cpu().numpy(), scores.cpu().numpy())
         for name, label, patches, distances in zip(variants, batch.gt_label.tolist(), *arrays, strict=True):
             if name in bank.variants:
-                kept = bank.calibration_patches(name, patches, distances)
-                self._calibration.setdefault(name, []).append((kept, bool(label)))
+                kept = calibration_patches(bank, name, patches, distances)
+                self._validation.setdefault(name, []).append((kept, bool(label)))
         return batch
 
     def _judge(self, batch: Batch) -> Batch:
@@ -390,7 +361,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         images = cast("torch.Tensor", batch.image)
         embedding = self.model.embed(images)
         scores, locations = self.model.search(embedding)
-        predictions = self.model.judge(embedding, scores, locations, images.shape[-2:])
+        predictions = self.model.score(embedding, scores, locations, images.shape[-2:])
         batch.update(**predictions._asdict())
         setattr(batch, "variant", predictions.variant)  # noqa: B010  # for the post-processor; no field of Anomalib's
         return embedding, scores
@@ -431,10 +402,9 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             for tensor, value in before:
                 tensor.data.copy_(value)
             self.model.bank, self.model.interrupted = known
-            self.model.refresh()
+            self.model.refresh(self.model.bank)
             raise
-        self._reset()
-        self._refresh()
+        self._refresh_thresholds()
         return result
 
     def _read_bank(self, state_dict: Mapping[str, Any]) -> None:
@@ -445,16 +415,16 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
                 f"{len(keys)} tensors, such as {keys[:3]}. Load it with the model that it was made with."
             )
             raise ValueError(msg)
-        self.model.read_bank(state_dict["model._extra_state"])
+        self.model.read_state(state_dict["model._extra_state"])
 
 
 class _AfterException(UnreadableImages):
     """After a fit that failed, what was known before remains; and unreadable images are named, if those were why."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Undo and explain."""
+        """Drop the update and explain."""
         if trainer.state.fn == TrainerFn.FITTING and isinstance(pl_module, ContinualPatchCore):
-            pl_module._undo()  # noqa: SLF001  # its own module
+            pl_module._drop()  # noqa: SLF001  # its own module
         super().on_exception(trainer, pl_module, exception)
 
 
@@ -476,22 +446,10 @@ def _checked(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[t
     if not len(images):
         msg = "There are no images to learn."
         raise ValueError(msg)
-    if min(images.shape[-2:]) < SMALLEST_SIDE:
-        msg = f"Images must have at least {SMALLEST_SIDE} pixels each way, got {tuple(images.shape[-2:])}."
-        raise ValueError(msg)
-    if not torch.isfinite(images).all():
-        msg = "Images hold NaN or infinite values; none of them was learned."
-        raise ValueError(msg)
-    if images.min() < -1e-3 or images.max() > 1 + 1e-3:  # resampling rounds
-        msg = f"Images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}."
-        raise ValueError(msg)
+    for number, image in enumerate(images.float(), 1):
+        check_values(image.cpu().numpy(), f"image {number}")
     return list(images.float())
 
 
-def _read(path: str | Path) -> torch.Tensor:
-    check_files([str(path)])
-    try:
-        return read_image(path, as_tensor=True)
-    except (OSError, SyntaxError) as error:  # Pillow's errors for unreadable images
-        msg = f"{path} cannot be read as an image: {error}. Nothing of this call was learned."
-        raise ValueError(msg) from error
+def _to_array(images: torch.Tensor) -> NDArray[np.float32]:
+    return images.detach().float().cpu().numpy()

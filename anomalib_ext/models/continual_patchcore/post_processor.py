@@ -33,6 +33,10 @@ class VariantPostProcessor(PostProcessor):
         for name, table in threshold_tables(bank, len(bank.variants)).items():
             setattr(self, name, torch.from_numpy(table).to(self.image_min.device))
 
+    def image_thresholds(self, variants: int) -> list[float]:
+        """Image threshold of each of the first variants; NaN where nothing is known."""
+        return self._values("image", torch.arange(variants, device=self.image_min.device))[0].tolist()
+
     def _values(self, kind: str, variant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Threshold, minimum and maximum, each of shape ``(B,)``."""
         last = torch.stack([getattr(self, f"{kind}_{name}") for name in ("threshold", "min", "max")])

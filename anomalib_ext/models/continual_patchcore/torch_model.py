@@ -3,19 +3,22 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+from numpy.typing import NDArray
 from torch import nn
 
 from anomalib_ext.models.components import patchcore
 from anomalib_ext.models.components.backbone import load_backbone
 from openvino_export.bundle.constants import bank_tables
-from openvino_export.memory.augment import NUM_VIEWS, augmented_views, image_hash
+from openvino_export.memory import state
 from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.update import Report, Update
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
@@ -47,8 +50,10 @@ class ContinualPatchCoreModel(nn.Module):
 
     Attributes:
         bank: What was learned; all other state is derived from it.
-        interrupted: The same bank in the middle of an update, if a checkpoint of one was loaded. The next update goes
+        update: The update that is under way, if there is one.
+        interrupted: An update that a checkpoint was saved in the middle of, once that is loaded. The next update goes
             on with it, as if there had been no interruption.
+        searched: The bank that images are judged by: :attr:`bank`, while an update is validated that of the update.
     """
 
     memory_bank: torch.Tensor
@@ -71,7 +76,8 @@ class ContinualPatchCoreModel(nn.Module):
             msg = f"num_neighbors must be at least 1, got {num_neighbors}."
             raise ValueError(msg)
         self.bank = MemoryBank(memory_size, precision)
-        self.interrupted: MemoryBank | None = None
+        self.update: Update | None = None
+        self.interrupted: Update | None = None
         self.backbone = backbone
         self.num_neighbors = num_neighbors
         self.tiler: Tiler | None = None
@@ -80,15 +86,15 @@ class ContinualPatchCoreModel(nn.Module):
         self.feature_pooler = nn.AvgPool2d(3, 1, 1)
         for name in ("memory_bank", "squares", "owners", "positions"):
             self.register_buffer(name, torch.empty(0), persistent=False)
-        self.refresh()
+        self.refresh(self.bank)
 
     # Anomalib's own, which reads the layers.
     generate_embedding = PatchcoreModel.generate_embedding
 
     def forward(self, images: torch.Tensor) -> ContinualInferenceBatch:
-        """Score normalised images of shape ``(B, 3, H, W)``, see :meth:`judge`."""
+        """Score normalised images of shape ``(B, 3, H, W)``, see :meth:`score`."""
         embedding = self.embed(images)
-        return self.judge(embedding, *self.search(embedding), images.shape[-2:])
+        return self.score(embedding, *self.search(embedding), images.shape[-2:])
 
     def search(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Look patches up in the bank.
@@ -103,7 +109,7 @@ class ContinualPatchCoreModel(nn.Module):
             RuntimeError: If nothing was learned yet.
             ValueError: If an image gives scores that are not finite.
         """
-        if not len(self.bank):
+        if not len(self.searched):
             msg = (
                 "The memory bank is empty, so nothing can be judged. Learn normal images first (Engine.fit or "
                 "partial_fit), or load a checkpoint (--ckpt_path)."
@@ -111,7 +117,7 @@ class ContinualPatchCoreModel(nn.Module):
             raise RuntimeError(msg)
         return patchcore.search(embedding.flatten(1, 2), self.memory_bank, self.squares)
 
-    def judge(
+    def score(
         self,
         embedding: torch.Tensor,
         scores: torch.Tensor,
@@ -138,7 +144,7 @@ class ContinualPatchCoreModel(nn.Module):
                 embedding.flatten(1, 2),
                 self.memory_bank,
                 self.squares,
-                min(self.num_neighbors, len(self.bank)),
+                min(self.num_neighbors, len(self.searched)),
             ),
             anomaly_map=patchcore.anomaly_maps(scores.reshape(batch, 1, height, width), size),
             variant=votes.sum(dim=1).argmax(dim=-1),
@@ -160,73 +166,95 @@ class ContinualPatchCoreModel(nn.Module):
 
     def nearest_neighbors(self, embedding: torch.Tensor, n_neighbors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances to the nearest vectors and their indices, each ``(..., n_neighbors)``, squeezed for one."""
-        return patchcore.nearest_neighbors(embedding, self.memory_bank, self.squares, min(n_neighbors, len(self.bank)))
+        return patchcore.nearest_neighbors(
+            embedding, self.memory_bank, self.squares, min(n_neighbors, len(self.searched))
+        )
 
     @torch.no_grad()
-    def learn(self, images: torch.Tensor, variant: str | None, augment: bool = False) -> list[str | None]:
-        """Take images into the bank's stream.
+    def embed_arrays(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Patch embeddings ``(B, h, w, d)`` of normalised images ``(B, 3, H, W)``, as :class:`Update` wants them."""
+        return self.embed(torch.from_numpy(images).to(next(self.feature_extractor.parameters()))).cpu().numpy()
+
+    # Learning
+
+    def begin_update(self, few_shot_views: bool) -> Update:
+        """Begin an update, or go on with the one that was interrupted; :attr:`update` until it is committed.
 
         Args:
-            images: Normalised images, shape ``(B, 3, H, W)``.
-            variant: Name of their variant; found for each image if not given.
-            augment: Whether to learn augmented views of each image too.
-
-        Returns:
-            The variant of each image, None where the image was known before the update.
+            few_shot_views: Whether few images of a variant are learned with augmented views of them.
         """
-        names: list[str | None] = [None] * len(images)
-        arrays = images.detach().float().cpu().numpy()
-        hashes = [image_hash(image) for image in arrays]
-        new = [i for i, value in enumerate(hashes) if not self.bank.knows(value)]
-        if len(new) < len(images):
-            self.bank.count_known(len(images) - len(new))
-            names = [self.bank.resumed(value) for value in hashes]
-        for i, embedding in zip(new, self.embed(images[new]) if new else [], strict=True):
-            views = None
-            if augment:
-                augmented = torch.from_numpy(augmented_views(arrays[i], NUM_VIEWS, seed=hashes[i]))
-                views = self.embed(augmented.to(images)).flatten(0, 2).cpu().numpy()
-            names[i] = self.bank.learn(embedding.flatten(0, 1).cpu().numpy(), variant, hashes[i], views)
-        return names
+        known: MemoryBank | Update = self.bank if self.interrupted is None else self.interrupted
+        self.update = _continued(known, self.embed_arrays, few_shot_views)
+        return self.update
 
-    def refresh(self) -> None:
-        """Bring the bank into the tensors that are searched."""
-        tables = bank_tables(self.bank, sum(self.feature_extractor.out_dims), len(self.bank.variants))
+    def commit_update(self) -> Report:
+        """Bring the update into the bank; it is what is judged by from now on."""
+        assert self.update is not None
+        report = self.update.commit()
+        self.bank, self.update, self.interrupted = self.update.bank, None, None
+        self.refresh(self.bank)
+        return report
+
+    def drop_update(self) -> None:
+        """Forget an update that is under way."""
+        self.update = None
+        self.refresh(self.bank)
+
+    def refresh(self, bank: MemoryBank) -> None:
+        """Search in a bank from now on."""
+        self.searched = bank
+        tables = bank_tables(bank, sum(self.feature_extractor.out_dims), len(bank.variants))
         device = self.memory_bank.device
         tensors = (torch.from_numpy(table).to(device) for table in tables.values())
         self.memory_bank, self.squares, self.owners, self.positions = tensors
 
+    # State
+
     def get_extra_state(self) -> dict[str, Any]:
-        """The bank, with the open stream, and what it depends on, as tensors and plain data."""
-        arrays, plain = (self.bank if self.interrupted is None else self.interrupted).to_arrays()
+        """The bank, in the middle of an update all of that, and what it depends on, as tensors and plain data."""
+        arrays, plain = state.to_arrays(self.update or self.interrupted or self.bank)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {"backbone": self.backbone, "layers": self.layers, "tensors": tensors, "plain": plain}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`get_extra_state` gave; see :meth:`read_bank` for errors."""
-        own, self.bank, self.interrupted = self.bank, self.read_bank(state), None
+    def set_extra_state(self, saved: dict[str, Any]) -> None:
+        """Load what :meth:`get_extra_state` gave; see :meth:`read_state` for errors."""
+        own, loaded = self.bank, self.read_state(saved)
+        self.bank, self.update, self.interrupted = loaded.bank, None, None
+        if loaded.pools:
+            self.interrupted = loaded
+            judging = _continued(loaded)
+            judging.commit()
+            self.bank = judging.bank
         if (self.bank.size, self.bank.dtype) != (own.size, own.dtype):
             logger.warning(
                 "The checkpoint's memory_size %d and precision %s are used, not %d and %s.",
                 *(self.bank.size, self.bank.dtype, own.size, own.dtype),
             )
-        if self.bank.is_learning:
-            self.interrupted = copy.deepcopy(self.bank)
-            self.bank.commit()
-        self.refresh()
+        self.refresh(self.bank)
 
-    def read_bank(self, state: dict[str, Any]) -> MemoryBank:
-        """Bank of a state that :meth:`get_extra_state` gave.
+    def read_state(self, saved: dict[str, Any]) -> Update:
+        """What is known, and maybe on its way, of a state that :meth:`get_extra_state` gave.
 
         Raises:
             ValueError: If the state is of another backbone or other layers, or damaged.
         """
         for key, own in (("backbone", self.backbone), ("layers", self.layers)):
-            if state[key] != own:
+            if saved[key] != own:
                 msg = (
-                    f"The checkpoint has {key} {state[key]!r}, this model has {own!r}. Their memories do not mix: "
-                    f"make the model with {key}={state[key]!r}, or learn anew."
+                    f"The checkpoint has {key} {saved[key]!r}, this model has {own!r}. Their memories do not mix: "
+                    f"make the model with {key}={saved[key]!r}, or learn anew."
                 )
                 raise ValueError(msg)
-        arrays = {name: tensor.cpu().numpy() for name, tensor in state["tensors"].items()}
-        return MemoryBank.from_arrays(arrays, state["plain"])
+        arrays = {name: tensor.cpu().numpy() for name, tensor in saved["tensors"].items()}
+        return state.from_arrays(arrays, saved["plain"])
+
+
+def _continued(
+    known: MemoryBank | Update,
+    embed: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
+    few_shot_views: bool = False,
+) -> Update:
+    """An update on top of a bank, or one that goes on with a copy of another."""
+    if isinstance(known, MemoryBank):
+        return Update(known, embed, few_shot_views)
+    return Update(known.bank, embed, few_shot_views, pools=copy.deepcopy(list(known.pools.values())))

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From patch embeddings to a decision, with arrays.
+
+The same rules are a graph for torch and OpenVINO: `image_score` and `anomaly_maps` in
+`anomalib_ext/models/components/patchcore.py`, the vote in `ContinualPatchCoreModel`, ranges and normalisation in
+`VariantPostProcessor`. `tests/openvino_export/test_decision.py` proves them equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .anomaly_map import anomaly_maps
+from .memory.k_center import single_threaded
+from .memory.thresholds import thresholds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from .memory.memory_bank import MemoryBank
+
+    Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is said about an image.
+
+    Attributes:
+        pred_score: Anomaly score; in [0, 1], with 0.5 at the threshold, if the model normalises.
+        pred_label: Whether the image is anomalous; None if the model has no thresholds.
+        anomaly_map: Score of each pixel of the model's input, shape `(H, W)`.
+        pred_mask: Which pixels are anomalous, shape `(H, W)`; None if the model has no thresholds.
+        variant: Name of the variant that the image is judged by.
+        source: Path of the image, if it came from a file.
+    """
+
+    pred_score: float
+    pred_label: bool | None
+    anomaly_map: Array
+    pred_mask: NDArray[np.bool_] | None
+    variant: str | None
+    source: str | None = None
+
+
+class Decider:
+    """Decides by a memory bank; it never changes.
+
+    Args:
+        bank: What is known, at least one vector.
+        metadata: The bundle's, for whether scores are normalised and decided, sensitivities, and the thresholds that
+            stand in where a variant has none.
+
+    Attributes:
+        ranges: For `"image"` and `"pixel"`, threshold, minimum and maximum of each variant's raw scores, shape
+            `(variants, 3)`; NaN where nothing is known.
+    """
+
+    def __init__(self, bank: MemoryBank, metadata: Mapping[str, Any]) -> None:
+        self.bank = bank
+        self.names = list(bank.variants)
+        self.metadata = metadata
+        self.num_neighbors = min(int(metadata.get("num_neighbors", 1)), len(bank))
+        self._owners = bank.owners()
+        # Only neighbors that weigh need the vectors themselves.
+        self._vectors = bank.vectors() if self.num_neighbors > 1 else None
+        self.ranges: dict[str, Array] = {}
+        with single_threaded():
+            own = [thresholds(bank, name) for name in self.names]
+        for kind in ("image", "pixel"):
+            stored = metadata.get("last_values", {}).get(kind, [None] * 3)
+            last = np.array([np.nan if value is None else value for value in stored], np.float32)
+            rows = np.array([one[kind] for one in own], np.float32)
+            if not metadata.get("variant_thresholds", True):
+                rows[:] = np.nan
+            self.ranges[kind] = np.where(np.isnan(rows), last, rows)
+
+    def image_thresholds(self) -> dict[str, float]:
+        """Threshold of each variant's raw image scores; NaN where nothing is known."""
+        return dict(zip(self.names, self.ranges["image"][:, 0].tolist(), strict=True))
+
+    def decide(self, embedding: Array, size: tuple[int, int], source: str | None = None) -> Prediction:
+        """Search the bank and decide.
+
+        Args:
+            embedding: Patch embeddings of an image, shape `(h, w, d)`.
+            size: Height and width of the anomaly map.
+            source: Path of the image, if it came from a file.
+
+        Raises:
+            ValueError: If the embedding is not finite.
+        """
+        patches = embedding.reshape(-1, embedding.shape[-1])
+        check_finite(patches, source)
+        distances, index = self.bank.search(patches)
+        position = vote(self._owners, index)
+        score = image_score(patches, distances, index, self._vectors, self.num_neighbors)
+        pixels = anomaly_maps(distances.reshape(embedding.shape[:2]), *size)
+        pred_score, pred_label = self._apply("image", np.array([score], np.float32), position)
+        anomaly_map, pred_mask = self._apply("pixel", pixels, position)
+        return Prediction(
+            pred_score=float(pred_score[0]),
+            pred_label=None if pred_label is None else bool(pred_label[0]),
+            anomaly_map=anomaly_map,
+            pred_mask=pred_mask,
+            variant=self.names[position],
+            source=source,
+        )
+
+    def _apply(self, kind: str, raw: Array, position: int) -> tuple[Array, NDArray[np.bool_] | None]:
+        """Normalise and decide raw scores by the range of a variant."""
+        threshold, lowest, highest = self.ranges[kind][position]
+        if self.metadata.get("normalization"):
+            raw = normalize(raw, threshold, lowest, highest)
+            threshold = np.float32(1 - self.metadata.get(f"{kind}_sensitivity", 0.5))
+        return raw, raw > threshold if self.metadata.get("thresholding") else None
+
+
+def check_finite(patches: Array, name: str | None) -> None:
+    """Refuse embeddings that are not finite.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if not np.isfinite(patches).all():
+        msg = f"{name or 'The image'} gives embeddings that are not finite; look for damaged weights."
+        raise ValueError(msg)
+
+
+def vote(owners: NDArray[np.int64], index: NDArray[np.int64]) -> int:
+    """Position of the variant to which most of the nearest vectors belong; of several, the first.
+
+    Args:
+        owners: Position of each vector's variant, shape `(m,)`.
+        index: Nearest vector of each patch, shape `(n,)`.
+    """
+    return int(np.bincount(owners[index], minlength=1).argmax())
+
+
+def image_score(
+    patches: Array, distances: Array, index: NDArray[np.int64], vectors: Array | None, num_neighbors: int
+) -> float:
+    """PatchCore's image score (arXiv 2106.08265, eq. 7): the largest patch distance, weighed by its neighborhood.
+
+    Args:
+        patches: Patch embeddings, shape `(n, d)`.
+        distances: Distance of each patch to its nearest vector, shape `(n,)`.
+        index: Index of that vector, shape `(n,)`.
+        vectors: The bank, shape `(m, d)`; not needed for one neighbor.
+        num_neighbors: Neighbors that weigh, at most `m`; 1 takes the distance as it is.
+    """
+    position = int(distances.argmax())
+    if num_neighbors == 1 or vectors is None:
+        return float(distances[position])
+    order = np.argsort(np.linalg.norm(vectors - vectors[index[position]], axis=1), kind="stable")
+    support = np.linalg.norm(patches[position] - vectors[order[:num_neighbors]], axis=1)
+    shares = np.exp(support - support.max())
+    return float(distances[position] * (1 - shares[0] / shares.sum()))
+
+
+def normalize(raw: Array, threshold: np.float32, lowest: np.float32, highest: np.float32) -> Array:
+    """Anomalib's normalisation: 0.5 at the threshold, in units of the range, within [0, 1]."""
+    if np.isnan(lowest) or np.isnan(highest):
+        return raw
+    if np.isnan(threshold):
+        threshold = (highest + lowest) / 2
+    if highest == lowest:
+        return np.where(raw > threshold, 1.0, np.where(raw < threshold, 0.0, 0.5)).astype(np.float32)
+    return np.clip((raw - threshold) / (highest - lowest) + np.float32(0.5), 0, 1)

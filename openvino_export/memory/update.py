@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way to learn: an update of a memory bank, which is committed as a whole or dropped.
+
+Example:
+    >>> update = Update(bank)
+    >>> update.add(patches, "lid")
+    'lid'
+    >>> print(update.commit())
+    >>> bank = update.bank
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from openvino_export.images import image_hash
+
+from .augment import NUM_VIEWS, augmented_views
+from .memory_bank import check_patches, identify
+from .patch_pool import PatchPool
+from .thresholds import RECENT_IMAGES, calibrated, calibrated_from_views
+from .variant import Variant, describe, rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from numpy.typing import NDArray
+
+    from .memory_bank import MemoryBank
+
+    Array = NDArray[np.float32]
+
+# The pool that vectors are chosen from holds twice the budget, and for small budgets at least this many patches.
+SMALLEST_POOL = 12_288
+# Several variants may be learned in turn, image by image. Together their pools hold at most so many pools of points.
+OPEN_POOLS = 4
+# Up to this many images of a variant, each is learned with augmented views; with 16, they hardly changed the mean
+# (docs/benchmarks.md).
+FEW_IMAGES = 4
+
+
+@dataclass
+class Report:
+    """What one update did.
+
+    Attributes:
+        variants: Images learned by variant.
+        known_images: Images left out because they had been learned before.
+        held_back: Images left out because they look anomalous, and the factor by which each exceeds the threshold.
+        added: Vectors that a variant has more than before.
+        removed: Vectors that a variant has less than before.
+        radius_bound: Every patch ever learned lies within this distance of some vector.
+        num_vectors: Vectors in the bank.
+        nbytes: Bytes of the bank and its calibration.
+        seconds: Time spent on selection.
+    """
+
+    variants: Counter[str] = field(default_factory=Counter)
+    known_images: int = 0
+    held_back: dict[str, float] = field(default_factory=dict)
+    added: Counter[str] = field(default_factory=Counter)
+    removed: Counter[str] = field(default_factory=Counter)
+    radius_bound: float = 0.0
+    num_vectors: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        learned = ", ".join(f"{name}: {images} images" for name, images in self.variants.items()) or "nothing new"
+        added, removed = (
+            ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
+            for counts in (self.added, self.removed)
+        )
+        return (
+            f"learned {learned} ({self.known_images} known already); vectors added {added}, removed {removed}, now "
+            f"{self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; selection "
+            f"{self.seconds:.1f} s"
+        )
+
+
+class Update:
+    """Learns images on top of a bank. Dropping it forgets them.
+
+    Args:
+        bank: What is known; it stays as it is.
+        embed: Gives patch embeddings `(B, h, w, d)`, float32, for normalised images `(B, 3, H, W)`. Not needed if
+            only patches are added.
+        few_shot_views: Whether a variant of at most FEW_IMAGES images is learned with augmented views of them. Images
+            without a name are counted by update.
+        pools: Pools of an update that was saved before it was committed, to go on with; they are used up.
+
+    Attributes:
+        bank: What is known with the images that are no longer in a pool; with all of them after :meth:`flush` and
+            :meth:`commit`.
+        pools: The patches of each variant that are on their way into the bank.
+        report: What was done since the last commit; complete when :meth:`commit` returns it.
+    """
+
+    def __init__(
+        self,
+        bank: MemoryBank,
+        embed: Callable[[Array], Array] | None = None,
+        few_shot_views: bool = False,
+        pools: Iterable[PatchPool] = (),
+    ) -> None:
+        self.bank = bank
+        self.embed = embed
+        self.few_shot_views = few_shot_views
+        self.pools = {pool.name: pool for pool in pools}
+        self.report = Report()
+        self._committed = _counts(bank)
+        self._waiting: dict[str | None, list[tuple[Array, Array | None]]] = {}  # by name, until they are not few
+        self._many: set[str | None] = set()  # names of which they are not
+        self._recent: dict[str, list[Array]] = {}  # last learned images by variant
+        self._calibrated: set[str] = set()  # variants
+        # Variant of each image that the pools brought along.
+        self._resumed = {value: pool.name for pool in self.pools.values() for value in pool.hashes}
+
+    def images(self, variant: str) -> int:
+        """Number of images that were learned of a variant, those still in a pool included."""
+        known = self.bank.variants[variant].images if variant in self.bank.variants else 0
+        return known + (self.pools[variant].images if variant in self.pools else 0)
+
+    def knows(self, value: int) -> bool:
+        """Whether the image with this hash was learned."""
+        return bool((self.bank.image_hashes == value).any()) or any(
+            value in pool.hashes for pool in self.pools.values()
+        )
+
+    def identify(self, patches: Array) -> str | None:
+        """Variant to which an image with patches of shape `(n, d)` belongs, None if it is of none that was learned."""
+        parts: dict[str, Variant | PatchPool] = {**self.bank.variants, **self.pools}
+        return identify(patches, {name: (part.prototype, part.spread) for name, part in parts.items()})
+
+    # Adding
+
+    def add(
+        self,
+        item: Array,
+        variant: str | None = None,
+        *,
+        image_hash: int | None = None,
+        patches: Array | None = None,
+    ) -> str | None:
+        """Take in an image, several, or the patches of one.
+
+        Args:
+            item: Patch embeddings of one image, shape `(n, d)`, or normalised images, shape `(B, 3, H, W)`.
+            variant: Name of their variant; found for each image by :meth:`identify` if not given.
+            image_hash: Identifies the image that patches are of, which is then learned once only.
+            patches: Patch embeddings `(B, n, d)` of the images, if they are known already.
+
+        Returns:
+            For patches the name of the variant, None if the image was known. Images may wait until it is clear whether
+            they are few, so for them it is always None.
+
+        Raises:
+            ValueError: If patches are not of shape `(n, d)`, of another dimension than the bank's, not finite or too
+                large, if the name is empty, or if the bank has no room for another variant. Nothing was learned then.
+        """
+        if item.ndim != 4:
+            return self._add_patches(item, variant, image_hash)
+        waiting = self._waiting.setdefault(variant, [])
+        waiting.append((item, patches))
+        count = sum(len(images) for images, _ in waiting) + self.images(variant or "")
+        if not self.few_shot_views or count > FEW_IMAGES:
+            self._many.add(variant)
+        if variant in self._many:
+            self._add_waiting(variant)
+        return None
+
+    def _add_waiting(self, variant: str | None) -> None:
+        for images, patches in self._waiting.pop(variant, ()):
+            self._add_images(images, variant, patches)
+
+    def _add_images(self, images: Array, variant: str | None, patches: Array | None) -> None:
+        assert self.embed is not None, "images need `embed`"
+        hashes = [image_hash(image) for image in images]
+        new = [i for i, value in enumerate(hashes) if not self.knows(value)]
+        if patches is not None:
+            own = dict(enumerate(patches))
+        else:
+            embedded = self.embed(images[new]) if new else np.empty((0, 0, 0, 0), np.float32)
+            own = {i: one.reshape(-1, one.shape[-1]) for i, one in zip(new, embedded, strict=True)}
+        for i, value in enumerate(hashes):
+            if i not in new:
+                self.report.known_images += 1
+                name = self._resumed.pop(value, None)
+            else:
+                views = None
+                if variant not in self._many:
+                    embedding = self.embed(augmented_views(images[i], NUM_VIEWS, seed=value))
+                    views = embedding.reshape(-1, embedding.shape[-1])
+                name = self._add_patches(own[i], variant, value, views)
+            if name is not None:
+                self._recent[name] = [*self._recent.get(name, []), images[i]][-RECENT_IMAGES:]
+
+    def _add_patches(
+        self, patches: Array, variant: str | None, value: int | None, views: Array | None = None
+    ) -> str | None:
+        """Take in the patches of an image, and of views of it, shape `(m, d)`."""
+        for given in (patches, views):
+            if given is not None:
+                check_patches(given, self._dimension(), self.bank.dtype)
+        if value is not None and self.knows(value):
+            self.report.known_images += 1
+            return None
+        start = time.perf_counter()
+        if variant is not None and not variant:
+            msg = "The name of a variant must not be empty; without one, the variant of each image is found."
+            raise ValueError(msg)
+        if variant is None:
+            variant = self.identify(patches) or self._new_name()
+        self._check_room([variant])
+        pool = self._pool_of(variant, patches.shape[1])
+        score = pool.absorb(patches.astype(np.float32, copy=False))
+        if np.isfinite(score):
+            pool.prequential_scores.append(score)
+        if views is not None:
+            pool.absorb(views.astype(np.float32, copy=False))
+        pool.count_images(*describe(patches), images=1)
+        if value is not None:
+            pool.hashes.append(value)
+        pool.seconds += time.perf_counter() - start
+        while sum(len(other.points) for other in self.pools.values()) > OPEN_POOLS * pool.capacity:
+            self._close(max(self.pools.values(), key=lambda other: len(other.points)))
+        return variant
+
+    def merge(self, other: MemoryBank) -> None:
+        """Take in all that another bank of the same backbone knows.
+
+        Args:
+            other: Bank to learn from; it stays as it is.
+
+        Raises:
+            ValueError: If the banks are of different dimensions, or there is no room for all variants. Nothing was
+                learned then.
+        """
+        if other.variants:
+            check_patches(other.vectors(), self._dimension(), self.bank.dtype)
+        self._check_room(other.variants)
+        self.flush()
+        unknown: dict[str, Variant] = {}
+        for name, variant in other.variants.items():
+            if name not in self.bank.variants:
+                vectors, moved = rounded(variant.vectors, self.bank.dtype)
+                unknown[name] = replace(variant, vectors=vectors, cover_radii=variant.cover_radii + moved)
+        hashes = other.image_hashes[~np.isin(other.image_hashes, self.bank.image_hashes)]
+        for name, variant in other.variants.items():
+            if name in self.bank.variants:
+                pool = self._pool_of(name, variant.vectors.shape[1])
+                pool.absorb(variant.vectors.astype(np.float32), variant.cover_radii)
+                pool.count_images(variant.prototype, variant.spread, variant.images)
+                pool.prequential_scores.extend(variant.prequential_scores.tolist())
+                self.flush()
+                if self.bank.variants[name].calibration is None and variant.calibration is not None:
+                    self.bank = self.bank.with_calibration(name, variant.calibration)
+        self.bank = self.bank.with_variants(unknown, hashes)
+        for name, variant in unknown.items():
+            self.report.variants[name] += variant.images
+
+    def calibrate(
+        self,
+        variant: str,
+        patches: Array,
+        labels: NDArray[np.bool_],
+        pixel: tuple[float, float, float] = (np.nan, np.nan, np.nan),
+    ) -> None:
+        """Let validation images set the thresholds of a variant; see :func:`thresholds.calibrated`."""
+        self.bank = calibrated(self.bank, variant, patches, labels, pixel)
+        self._calibrated.add(variant)
+
+    # Bringing into the bank
+
+    def flush(self) -> None:
+        """Bring what was added into :attr:`bank` and go on; :meth:`commit` reports it later."""
+        for name in [*self._waiting]:
+            self._add_waiting(name)
+        for pool in list(self.pools.values()):
+            self._close(pool)
+
+    def commit(self) -> Report:
+        """Bring what was added into :attr:`bank`, with thresholds.
+
+        Returns:
+            What changed since the last commit.
+        """
+        self.flush()
+        for variant, images in self._recent.items():
+            if variant not in self._calibrated:
+                assert self.embed is not None
+                few = self.few_shot_views and self.images(variant) <= FEW_IMAGES
+                self.bank = calibrated_from_views(self.bank, variant, images, self.embed, few)
+        report, self.report = self.report, Report()
+        before, self._committed = self._committed, _counts(self.bank)
+        for name, vectors in self._committed.items():
+            more = vectors - before.get(name, 0)
+            if more:
+                (report.added if more > 0 else report.removed)[name] = abs(more)
+        report.radius_bound, report.num_vectors = self.bank.radius_bound(), len(self.bank)
+        report.nbytes = self.bank.nbytes()
+        self._many, self._recent, self._calibrated, self._resumed = set(), {}, set(), {}
+        return report
+
+    def _close(self, pool: PatchPool) -> None:
+        """Bring what was learned of one variant into the bank."""
+        start = time.perf_counter()
+        bank, threshold = self.bank, 0.0
+        if len(bank.variants) < len(bank) == bank.size:
+            # More vectors can only raise the threshold of a full bank, which is just below the least of its radii.
+            threshold = 0.99 * min(float(variant.radii[-1]) / variant.scale for variant in bank.variants.values())
+        variant = pool.result(bank.size, threshold)
+        if pool.name in bank.variants:
+            variant = replace(variant, calibration=bank.variants[pool.name].calibration)
+        self.bank = bank.with_variants({pool.name: variant}, np.array(pool.hashes, np.int64))
+        del self.pools[pool.name]
+        self.report.variants[pool.name] += pool.images
+        self.report.seconds += pool.seconds + time.perf_counter() - start
+
+    def _pool_of(self, variant: str, dimension: int) -> PatchPool:
+        """The open pool of a variant."""
+        if variant not in self.pools:
+            known = self.bank.variants.get(variant)
+            self.pools[variant] = PatchPool(variant, known, dimension, pool_capacity(self.bank), self.bank.dtype)
+        return self.pools[variant]
+
+    def _dimension(self) -> int | None:
+        """Dimension of all that was learned, None before anything was."""
+        return next((pool.points.shape[1] for pool in self.pools.values()), self.bank.dimension())
+
+    def _check_room(self, names: Iterable[str]) -> None:
+        """Refuse variants for which not even one vector each is left."""
+        variants = {*self.bank.variants, *names, *self.pools}
+        if len(variants) > self.bank.size:
+            msg = (
+                f"A memory of {self.bank.size} vectors cannot hold {len(variants)} variants; use a larger memory_size."
+            )
+            raise ValueError(msg)
+
+    def _new_name(self) -> str:
+        taken = {*self.bank.variants, *self.pools}
+        return next(name for i in range(1, 2**31) if (name := f"variant_{i}") not in taken)
+
+
+def pool_capacity(bank: MemoryBank) -> int:
+    """Number of points from which a pool is thinned."""
+    return max(2 * bank.size, SMALLEST_POOL)
+
+
+def _counts(bank: MemoryBank) -> dict[str, int]:
+    """Number of vectors of each variant."""
+    return {name: len(variant.radii) for name, variant in bank.variants.items()}
