@@ -57,7 +57,7 @@ def export(root: Path, products: Sequence[str], folder: Path, images: int, memor
     # How many vectors there are decides its speed, not which: these are repeated, for its own selection is slow.
     patches = 1024 * len(list((root / products[0] / "train" / "good").iterdir()))
     count = int(peer.coreset_sampling_ratio * patches)
-    vectors = model.model.bank.vectors
+    vectors = model.model.bank.vectors()
     for name, content in (("same", vectors), ("default", np.resize(vectors, (count, vectors.shape[1])))):
         peer.model.memory_bank = torch.from_numpy(content)
         # Its own graph at a batch of one image: with this backbone, Anomalib's export fixes a batch of two in it.
@@ -105,18 +105,18 @@ def compare_latency(folder: Path, images: list[Path], rounds: int) -> None:
     for name, (median, shortest) in found.items():
         print(f"{name}: median {median:.1f} ms ({median / base[0]:.2f}), shortest {shortest:.1f} ms", flush=True)
     patches = [
-        detector._model(tensor[0])["embedding"].reshape(-1, detector._model.last_dimension) for tensor in tensors
+        detector._network(tensor[0])["embedding"].reshape(-1, detector._network.last_dimension) for tensor in tensors
     ]
-    assert detector._knowledge is not None
-    search = detector._knowledge.search
-    parts = medians({"search": lambda: search.search(patches[next(turn) % len(patches)])}, rounds)
+    assert detector._decider is not None
+    bank = detector._decider.bank
+    parts = medians({"search": lambda: bank.search(patches[next(turn) % len(patches)])}, rounds)
     print(f"of it, search: median {parts['search'][0]:.1f} ms, shortest {parts['search'][1]:.1f} ms")
 
 
 def compare_learning(folder: Path, all_images: list[Path]) -> None:
     """Print the time of learning images of a new variant and of predicting them, and the peak memory."""
     from openvino_export import EdgeDetector
-    from openvino_export.memory.augment import FEW_IMAGES
+    from openvino_export.memory.update import FEW_IMAGES
 
     for images, how in ((all_images, "as they are"), (all_images[:FEW_IMAGES], "with views")):
         with TemporaryDirectory() as temporary:
