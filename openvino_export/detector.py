@@ -122,7 +122,7 @@ class EdgeDetector:
 
     def __init__(self, bundle: str | Path, device: str = "CPU", precision: str | None = None) -> None:
         self.device = device
-        read = bundles.read(bundle, bundles.running)
+        read = bundles.read(bundle, bundles.running_files)
         metadata = read.metadata
         height, width = metadata["input_size"]
         self.input_size = (int(height), int(width))
@@ -353,9 +353,9 @@ class EdgeDetector:
             xml, weights = (read.contents[name] for name in bundles.WHOLE)
             files = {BANK: save(arrays, {"plain": json.dumps(plain, allow_nan=False)})}
             if by_variant and capacity > room:
-                xml, weights = ir.grown(xml, weights, tables)
+                xml, weights = ir.with_new_shapes(xml, weights, tables)
                 files["model.xml"] = xml
-            files["model.bin"] = ir.replaced(weights, ir.constants(xml, tables), tables)
+            files["model.bin"] = ir.with_new_values(weights, ir.find_constants(xml, tables), tables)
             changes = {"variants": knowledge.names, "variant_capacity": capacity}
             self._bundle = bundles.update(self._bundle, files, changes)
             self._saved = knowledge
@@ -375,7 +375,7 @@ class EdgeDetector:
             if self._knowledge is not self._saved:
                 msg = f"The bundle {self._bundle.folder} was changed by another process, and here images were learned."
                 raise BundleError(msg)
-            read = bundles.read(self._bundle.folder, bundles.running)
+            read = bundles.read(self._bundle.folder, bundles.running_files)
             graph = bundles.WHOLE if self._knowledge is None else bundles.FEATURES
             old, new = ([one.metadata["files"].get(name) for name in graph] for one in (self._bundle, read))
             if old != new or read.contents.keys() != self._bundle.contents.keys():
@@ -483,11 +483,11 @@ class _Network:
         ):
             msg = f"OpenVINO finds no device {device} on this PC. It finds {', '.join(core.available_devices)}."
             raise ValueError(msg)
-        name = bundles.running(read.metadata)[0]
+        name = bundles.running_files(read.metadata)[0]
         # From memory, so that the files may be replaced while they are in use, and are what was verified.
         height, width = size
         try:
-            model = core.read_model(read.contents[name], read.contents[bundles.running(read.metadata)[1]])
+            model = core.read_model(read.contents[name], read.contents[bundles.running_files(read.metadata)[1]])
             model.reshape([1, 3, height, width])  # a fixed shape compiles and runs faster
         except RuntimeError as error:
             msg = f"{name} of {read.folder} cannot be used for images of {height} x {width} pixels: {error}"

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import save
 from torch import nn
 
-from anomalib_ext.export import EMBEDDING, OUTPUTS, Bundle
+from anomalib_ext.export import EMBEDDING, OUTPUTS, BundleContent
 from openvino_export.bundle.constants import graph_tables, variant_capacity
 
 from .post_processor import VariantPostProcessor
@@ -51,7 +51,7 @@ class Head(nn.Module):
         return {name: value for name, value in outputs.items() if value is not None}
 
 
-def bundle_of(model: "ContinualPatchCore", size: tuple[int, int]) -> Bundle:
+def bundle_of(model: "ContinualPatchCore", size: tuple[int, int]) -> BundleContent:
     """What a model brings to its bundle, for images of a height and width."""
     features = Features(model)
     bank = model.model.bank
@@ -67,7 +67,7 @@ def bundle_of(model: "ContinualPatchCore", size: tuple[int, int]) -> Bundle:
         buffers |= {f"bank.{kind}_values": f"owner.post_processor.{kind}_values" for kind in ("image", "pixel")}
     tables = graph_tables(bank, model.model.memory_bank.shape[1], capacity)
     arrays, plain = bank.to_arrays()
-    return Bundle(
+    return BundleContent(
         graph=Head(model, features.prepare(torch.zeros(1, 3, *size, device=model.device)).shape[-2:]),
         features=features,
         tables={name: (buffer, tables[name]) for name, buffer in buffers.items()},
