@@ -74,7 +74,7 @@ class EdgeDetector:
 
     def __init__(self, bundle: str | Path, device: str = "CPU", precision: str | None = None) -> None:
         self.device = device
-        read = bundles.read(bundle, bundles.running)
+        read = bundles.read(bundle, bundles.running_files)
         metadata = read.metadata
         height, width = metadata["input_size"]
         self.input_size = (int(height), int(width))
@@ -239,9 +239,9 @@ class EdgeDetector:
             xml, weights = (read.contents[name] for name in bundles.WHOLE)
             files = {BANK: state.to_bytes(known.bank)}
             if by_variant and capacity > room:
-                xml, weights = ir.grown(xml, weights, tables)
+                xml, weights = ir.with_new_shapes(xml, weights, tables)
                 files["model.xml"] = xml
-            files["model.bin"] = ir.replaced(weights, ir.constants(xml, tables), tables)
+            files["model.bin"] = ir.with_new_values(weights, ir.find_constants(xml, tables), tables)
             changes = {"variants": known.names, "variant_capacity": capacity}
             self._bundle = bundles.update(self._bundle, files, changes)
             self._saved = known
@@ -261,7 +261,7 @@ class EdgeDetector:
             if self._decider is not self._saved:
                 msg = f"The bundle {self._bundle.folder} was changed by another process, and here images were learned."
                 raise BundleError(msg)
-            read = bundles.read(self._bundle.folder, bundles.running)
+            read = bundles.read(self._bundle.folder, bundles.running_files)
             graph = bundles.WHOLE if self._decider is None else bundles.FEATURES
             old, new = ([one.metadata["files"].get(name) for name in graph] for one in (self._bundle, read))
             if old != new or read.contents.keys() != self._bundle.contents.keys():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .bundle.folder import BANK, Bundle, BundleError, running
+from .bundle.folder import BANK, Bundle, BundleError, running_files
 from .device import check_device, core
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Network:
 
     def __init__(self, bundle: Bundle, size: tuple[int, int], device: str, precision: str) -> None:
         check_device(device)
-        name, weights = running(bundle.metadata)[:2]
+        name, weights = running_files(bundle.metadata)[:2]
         height, width = size
         # From memory, so that the files may be replaced while they are in use, and are what was verified.
         try:

@@ -36,7 +36,7 @@ from openvino import opset13
 from openvino.properties import hint
 from PIL import Image
 
-from anomalib_ext.export import _compare
+from anomalib_ext.export.compress import compare_accuracy
 from anomalib_ext.models import ContinualPatchCore, Crr, RdAkf, SaCfaPatchCore
 from anomalib_ext.models.components import backbone
 
@@ -237,10 +237,10 @@ def test_one_changed_decision_is_no_loss(changed: int, tmp_path: Path) -> None:
     data = SimpleNamespace(setup=lambda: None, test_data=images)
     arguments = (*paths, cast("Folder", data), (8, 8), 0.01, "INT8")
     if changed == 1:
-        assert _compare(*arguments) == {"equal decisions": {"FP32": 1.0, "INT8": pytest.approx(0.8)}}
+        assert compare_accuracy(*arguments) == {"equal decisions": {"FP32": 1.0, "INT8": pytest.approx(0.8)}}
     else:
         with pytest.raises(ValueError, match=r"INT8 loses more than max_drop=0\.01 on 5 test images: .*0\.6000"):
-            _compare(*arguments)
+            compare_accuracy(*arguments)
 
 
 def test_metadata() -> None:

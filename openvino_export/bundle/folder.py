@@ -20,23 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .metadata import METADATA, BundleError, parse, to_json
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Mapping
 
-SCHEMA_VERSION = 1
-METADATA = "metadata.json"
+    FileNames = Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]
+
 BANK = "bank.safetensors"
 FEATURES = ("features.xml", "features.bin")
 WHOLE = ("model.xml", "model.bin")
 
 _STAGING, _NEXT, _PREVIOUS, _LOCK = ".staging", ".next", ".previous", ".lock"
-_REQUIRED = ("model", "input_size", "mean", "std", "variants", "files")
 # Seconds for which a reader that meets moving files tries again; they move within milliseconds.
 _PATIENCE = 30.0
-
-
-class BundleError(ValueError):
-    """A folder is not a bundle that this version can use; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +53,21 @@ class Bundle:
     version: str
 
 
-def running(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+def running_files(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Files that :class:`EdgeDetector` runs: features and bank, or the whole graph of a model without a bank."""
     return (*FEATURES, BANK) if BANK in metadata["files"] else WHOLE
 
 
 def read(
     folder: str | Path,
-    keep: Collection[str] | Callable[[Mapping[str, Any]], Collection[str]] = (),
+    names: FileNames = (),
 ) -> Bundle:
     """Read and verify a bundle, finishing an update that was interrupted.
 
     Args:
         folder: The bundle's folder.
-        keep: Names of files whose content is returned, or a function that gives them for the content of
-            `metadata.json`; all files are verified.
+        names: Files whose contents are returned, or a function that gives them for the content of `metadata.json`;
+            all files are verified.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -90,7 +87,7 @@ def read(
     while True:
         before = _fingerprint(folder)
         try:
-            return _read_once(folder, keep)
+            return _read_once(folder, names)
         except BundleError:
             # Only a bundle that was changing meanwhile is worth another look.
             if _fingerprint(folder) == before or time.monotonic() > deadline:
@@ -112,12 +109,13 @@ def _fingerprint(folder: Path) -> tuple[Any, ...]:
 def current_version(folder: str | Path) -> str:
     """Checksum of `metadata.json`, which changes with every update; empty if it cannot be read right now."""
     try:
-        return hashlib.sha256(_open(Path(folder), METADATA)).hexdigest()
+        return hashlib.sha256(_read_newest(Path(folder), METADATA)).hexdigest()
     except BundleError:
         return ""
 
 
-def _open(folder: Path, name: str) -> bytes:
+def _read_newest(folder: Path, name: str) -> bytes:
+    """Content of a file: of the committed update while that is being moved, else in its place."""
     for path in (folder / _NEXT / name, folder / name):
         try:
             return path.read_bytes()
@@ -130,14 +128,15 @@ def _open(folder: Path, name: str) -> bytes:
     raise BundleError(msg)
 
 
-def _read_once(folder: Path, keep: Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]) -> Bundle:
-    text = _open(folder, METADATA)
-    metadata = _parse(folder, text)
-    keep = keep(metadata) if callable(keep) else keep
+def _read_once(folder: Path, names: FileNames) -> Bundle:
+    """Read and verify a bundle as it is on disk right now."""
+    text = _read_newest(folder, METADATA)
+    metadata = parse(folder, text)
+    wanted = names(metadata) if callable(names) else names
     contents = {}
     for name, entry in metadata["files"].items():
         _refuse_outside(folder, name)
-        content = _open(folder, name)
+        content = _read_newest(folder, name)
         if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
             msg = (
                 f"{folder / name} was changed or truncated: it has {len(content)} bytes, the bundle was written with "
@@ -145,58 +144,13 @@ def _read_once(folder: Path, keep: Collection[str] | Callable[[Mapping[str, Any]
                 "or restore the state before the last learning: anomalib-edge undo."
             )
             raise BundleError(msg)
-        if name in keep:
+        if name in wanted:
             contents[name] = content
-    missing = [name for name in keep if name not in contents]
+    missing = [name for name in wanted if name not in contents]
     if missing:
         msg = f"The bundle {folder} of {metadata['model']} has no {', '.join(missing)}; export the model again."
         raise BundleError(msg)
     return Bundle(folder, metadata, contents, hashlib.sha256(text).hexdigest())
-
-
-def _parse(folder: Path, text: bytes) -> dict[str, Any]:
-    try:
-        metadata = json.loads(text)
-    except ValueError as error:
-        msg = f"{folder / METADATA} is no JSON ({error}). Copy the whole folder again."
-        raise BundleError(msg) from error
-    version = metadata.get("schema_version") if isinstance(metadata, dict) else None
-    if type(version) is not int:
-        msg = f"{folder / METADATA} has no schema_version: {folder} was not written by anomalib-ext. Export it again."
-        raise BundleError(msg)
-    if version != SCHEMA_VERSION:
-        msg = (
-            f"The bundle {folder} has schema version {version}, this version of anomalib-ext reads {SCHEMA_VERSION}. "
-            f"{'Update anomalib-ext on this PC' if version > SCHEMA_VERSION else 'Export the model again'}."
-        )
-        raise BundleError(msg)
-    problem = _problem(metadata)
-    if problem:
-        msg = f"{folder / METADATA} {problem}. Copy the whole folder again, or export the model again."
-        raise BundleError(msg)
-    return metadata
-
-
-def _problem(metadata: dict[str, Any]) -> str:
-    """What is wrong with metadata; empty if nothing is."""
-    missing = [key for key in _REQUIRED if key not in metadata]
-    if missing:
-        return f"lacks {', '.join(missing)}"
-    files = metadata["files"]
-    if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
-        return "lists its files in another way"
-    size = metadata["input_size"]
-    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        return f"has the input_size {size}, not a height and a width"
-    for key in ("mean", "std"):
-        value = metadata[key]
-        if not isinstance(value, list) or len(value) != 3 or not all(isinstance(one, (int, float)) for one in value):
-            return f"has the {key} {value}, not one number for each color"
-    return ""
-
-
-def _is_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("size")) is int
 
 
 def _refuse_outside(folder: Path, name: str) -> None:
@@ -254,6 +208,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _lock(descriptor: int) -> None:
+    """Lock an open file, or raise if another process has."""
     if os.name == "nt":
         import msvcrt
 
@@ -284,7 +239,7 @@ def update(bundle: Bundle, files: Mapping[str, bytes], changes: Mapping[str, Any
             "Read it again, then repeat the learning."
         )
         raise BundleError(msg)
-    text = _text({**bundle.metadata, **changes}, files)
+    text = to_json({**bundle.metadata, **changes}, files)
     _commit(bundle.folder, {**files, METADATA: text})
     contents = {name: files.get(name, content) for name, content in bundle.contents.items()}
     return Bundle(bundle.folder, json.loads(text), contents, hashlib.sha256(text).hexdigest())
@@ -302,16 +257,7 @@ def create(folder: str | Path, files: Mapping[str, bytes], metadata: Mapping[str
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         # What an older model had learned is nothing to go back to from this one.
-        _commit(folder, {**files, METADATA: _text(metadata, files)}, keep=False)
-
-
-def _text(metadata: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
-    """Content of `metadata.json`, with the checksums of files that are new."""
-    checksums = {
-        name: {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)} for name, content in files.items()
-    }
-    content = {**metadata, "files": {**metadata.get("files", {}), **checksums}}
-    return json.dumps(content, indent=2, allow_nan=False).encode()
+        _commit(folder, {**files, METADATA: to_json(metadata, files)}, undoable=False)
 
 
 def undo(folder: str | Path) -> None:
@@ -331,7 +277,7 @@ def undo(folder: str | Path) -> None:
             msg = f"The bundle {folder} has no previous state: nothing was learned since it was copied here."
             raise BundleError(msg)
         files = {path.name: path.read_bytes() for path in previous.iterdir()}
-        metadata = _parse(previous, files[METADATA])
+        metadata = parse(previous, files[METADATA])
         for name, content in files.items():
             entry = metadata["files"].get(name)
             if name != METADATA and (entry is None or hashlib.sha256(content).hexdigest() != entry["sha256"]):
@@ -340,11 +286,11 @@ def undo(folder: str | Path) -> None:
         _commit(folder, files)
 
 
-def _commit(folder: Path, files: Mapping[str, bytes], *, keep: bool = True) -> None:
-    """Write files beside, then make them the bundle's by one rename, and keep what they replace."""
+def _commit(folder: Path, files: Mapping[str, bytes], *, undoable: bool = True) -> None:
+    """Write files beside, then make them the bundle's by one rename; what they replace is kept if that is undoable."""
     staging = folder / _STAGING
     try:
-        _stage(folder, staging, files, keep=keep)
+        _stage(folder, staging, files, undoable=undoable)
         staging.rename(folder / _NEXT)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -353,7 +299,8 @@ def _commit(folder: Path, files: Mapping[str, bytes], *, keep: bool = True) -> N
     _roll_forward(folder)
 
 
-def _stage(folder: Path, staging: Path, files: Mapping[str, bytes], *, keep: bool) -> None:
+def _stage(folder: Path, staging: Path, files: Mapping[str, bytes], *, undoable: bool) -> None:
+    """Write files to a new folder, with those that they replace beside them, and flush all to the disk."""
     previous = staging / _PREVIOUS
     previous.mkdir(parents=True)
     for name, content in files.items():
@@ -361,13 +308,14 @@ def _stage(folder: Path, staging: Path, files: Mapping[str, bytes], *, keep: boo
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if keep:
-            _link(folder / name, previous / name)
+        if undoable:
+            _link_or_copy(folder / name, previous / name)
     _sync(previous)
     _sync(staging)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Have a file at a second path as well."""
     try:
         os.link(source, target)
     except OSError:  # a file system without links, such as that of a USB stick
@@ -398,6 +346,7 @@ def _roll_forward(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
+    """Flush the names in a folder to the disk."""
     if os.name == "posix":  # elsewhere a folder cannot be synced
         descriptor = os.open(folder, os.O_RDONLY)
         try:

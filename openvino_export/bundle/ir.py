@@ -14,7 +14,7 @@ import numpy as np
 from openvino_export.device import core
 
 from .constants import CONSTANTS
-from .folder import BundleError
+from .metadata import BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -41,7 +41,7 @@ class Constant:
     shape: tuple[int, ...]
 
 
-def constants(xml: bytes, names: Collection[str] = CONSTANTS) -> dict[str, Constant]:
+def find_constants(xml: bytes, names: Collection[str] = CONSTANTS) -> dict[str, Constant]:
     """Find constants of an IR by the name of their layer.
 
     Args:
@@ -79,7 +79,7 @@ def constants(xml: bytes, names: Collection[str] = CONSTANTS) -> dict[str, Const
 
 
 def placeholder(name: str, values: NDArray[Any]) -> Any:  # noqa: ANN401  # OpenVINO's node
-    """Constant of an IR that takes these values once it is in a file, see :func:`replaced`.
+    """Constant of an IR that takes these values once it is in a file, see :func:`with_new_values`.
 
     Its values are random for now, since OpenVINO writes equal constants to the same bytes.
     """
@@ -91,13 +91,13 @@ def placeholder(name: str, values: NDArray[Any]) -> Any:  # noqa: ANN401  # Open
     return constant
 
 
-def grown(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any]]) -> tuple[bytes, bytes]:
-    """Files of an IR whose constants have other shapes.
+def with_new_shapes(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any]]) -> tuple[bytes, bytes]:
+    """The .xml and .bin file of an IR, with room for constants of other shapes.
 
     Args:
         xml: Content of the .xml file.
         weights: Content of the .bin file.
-        values: New values of all constants that learning changes, of other shapes; :func:`replaced` writes them.
+        values: New values of all constants that learning changes, of other shapes; :func:`with_new_values` writes them.
     """
     import openvino as ov
 
@@ -112,12 +112,12 @@ def grown(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any]]) -> tup
         return path.read_bytes(), path.with_suffix(".bin").read_bytes()
 
 
-def replaced(weights: bytes, places: Mapping[str, Constant], values: Mapping[str, NDArray[Any]]) -> bytes:
-    """Content of a .bin file with other values of constants.
+def with_new_values(weights: bytes, places: Mapping[str, Constant], values: Mapping[str, NDArray[Any]]) -> bytes:
+    """Content of the .bin file of an IR, with other values of constants of the same shapes.
 
     Args:
         weights: Content of the .bin file.
-        places: What :func:`constants` found.
+        places: What :func:`find_constants` found.
         values: New values, of the constants' shapes.
 
     Raises:

@@ -69,8 +69,8 @@ def without_bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the bundle of a model without a bank, which is not to be changed."""
     from anomalib.models import Padim
 
-    from anomalib_ext.export import Bundle, export_bundle
+    from anomalib_ext.export import BundleContent, export_bundle
 
     model = Padim(pre_trained=False, visualizer=False)
     root = tmp_path_factory.mktemp("without_bank")
-    return export_bundle(model, lambda *_: Bundle(graph=Brightness()), root, input_size=(64, 64)).parent
+    return export_bundle(model, lambda *_: BundleContent(graph=Brightness()), root, input_size=(64, 64)).parent

@@ -23,7 +23,7 @@ from anomalib_ext.models import ContinualPatchCore
 from openvino_export import EdgeDetector
 from openvino_export.bundle.constants import graph_tables
 from openvino_export.bundle.folder import BundleError, read, undo
-from openvino_export.bundle.ir import grown
+from openvino_export.bundle.ir import with_new_shapes
 from openvino_export.detector import SUSPICION, Prediction
 from openvino_export.device import core
 from openvino_export.images import load, resize
@@ -310,7 +310,7 @@ def test_a_grown_graph_describes_itself_to_model_api(trained: ContinualPatchCore
     path = Path(Engine(logger=False).export(trained, "openvino", tmp_path, input_size=(64, 64)))
     bank = trained.model.bank
     tables = graph_tables(bank, bank.vectors.shape[1], 2 * read(path.parent).metadata["variant_capacity"])
-    model = core().read_model(*grown(path.read_bytes(), path.with_suffix(".bin").read_bytes(), tables))
+    model = core().read_model(*with_new_shapes(path.read_bytes(), path.with_suffix(".bin").read_bytes(), tables))
     assert model.get_rt_info(["model_info", "model_type"]).astype(str) == "AnomalyDetection"
     assert model.inputs[0].partial_shape.to_string() == "[?,3,64,64]"
 

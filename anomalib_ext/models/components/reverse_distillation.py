@@ -20,7 +20,7 @@ from anomalib.models.image.reverse_distillation.components import get_bottleneck
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from anomalib_ext.export import Bundle, BundleExport, WholeGraph
+from anomalib_ext.export import BundleContent, BundleExport, WholeGraph
 
 from . import training
 from .backbone import load_backbone
@@ -351,10 +351,10 @@ class DistillationModule(BundleExport, InspectionModule):
 
     # Export
 
-    def bundle(self, size: tuple[int, int]) -> Bundle:
+    def bundle_content(self, size: tuple[int, int]) -> BundleContent:
         """What the model brings to its bundle, which resizes by itself."""
         del size
-        return Bundle(graph=WholeGraph(self), metadata={"backbone": self.backbone})
+        return BundleContent(graph=WholeGraph(self), metadata={"backbone": self.backbone})
 
 
 def check_save_teachers(save_teachers: bool, pre_trained: bool) -> None:

@@ -4,7 +4,7 @@
 import torch
 from torch import nn
 
-from anomalib_ext.export import EMBEDDING, OUTPUTS, Bundle
+from anomalib_ext.export import EMBEDDING, OUTPUTS, BundleContent
 from openvino_export.bundle.constants import graph_tables, variant_capacity
 from openvino_export.bundle.folder import BANK
 from openvino_export.memory import state
@@ -54,7 +54,7 @@ def bundle_content(
     post_processor: nn.Module | None,
     few_shot_views: bool,
     size: tuple[int, int],
-) -> Bundle:
+) -> BundleContent:
     """What a model brings to its bundle, for images of a height and width."""
     features = Features(model, pre_processor)
     images = torch.zeros(1, 3, *size, device=model.memory_bank.device)
@@ -69,7 +69,7 @@ def bundle_content(
     if by_variant:
         buffers |= {f"bank.{kind}_values": f"post_processor.{kind}_values" for kind in ("image", "pixel")}
     tables = graph_tables(model.bank, model.memory_bank.shape[1], capacity)
-    return Bundle(
+    return BundleContent(
         graph=Head(model, post_processor, features.prepare(images).shape[-2:]),
         features=features,
         tables={name: (buffer, tables[name]) for name, buffer in buffers.items()},

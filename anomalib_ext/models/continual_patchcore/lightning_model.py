@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from anomalib_ext.data import MultiCategory
-from anomalib_ext.export import Bundle, BundleExport
+from anomalib_ext.export import BundleContent, BundleExport
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.training import InspectionModule, UnreadableImages, check_files
 from openvino_export.images import check_values, load
@@ -166,7 +166,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             return InferenceBatch(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
         return predictions
 
-    def bundle(self, size: tuple[int, int]) -> Bundle:
+    def bundle_content(self, size: tuple[int, int]) -> BundleContent:
         """What the model brings to its bundle, for images of a height and width."""
         return bundle_content(self.model, self.pre_processor, self.post_processor, self.few_shot_views, size)
 

@@ -28,7 +28,7 @@ from torchvision.tv_tensors import Image, Mask
 from tqdm.auto import tqdm
 
 from anomalib_ext.data.anomaly_synthesis import AnomalySynthesis
-from anomalib_ext.export import Bundle
+from anomalib_ext.export import BundleContent
 from anomalib_ext.models.components.backbone import backbone_normalization, describe_vit
 from anomalib_ext.models.components.reverse_distillation import DistillationModule
 from anomalib_ext.models.components.training import check_files
@@ -333,10 +333,10 @@ class Crr(DistillationModule, AnomalibModule):
             checkpoint["state_dict"] = {**state, **own}
         super().on_load_checkpoint(checkpoint)
 
-    def bundle(self, size: tuple[int, int]) -> Bundle:
+    def bundle_content(self, size: tuple[int, int]) -> BundleContent:
         """What the model brings to its bundle."""
         self._check_deterministic()
-        return super().bundle(size)
+        return super().bundle_content(size)
 
     def to_onnx(self, *args, **kwargs) -> Path:
         """Export to ONNX, as Anomalib does."""

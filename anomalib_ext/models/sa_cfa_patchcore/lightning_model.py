@@ -16,7 +16,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from anomalib_ext.export import Bundle, BundleExport, WholeGraph
+from anomalib_ext.export import BundleContent, BundleExport, WholeGraph
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.training import InspectionModule, check_files
 
@@ -128,7 +128,7 @@ class SaCfaPatchCore(BundleExport, InspectionModule, AnomalibModule):
         """One pass over the images on one device."""
         return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
 
-    def bundle(self, size: tuple[int, int]) -> Bundle:
+    def bundle_content(self, size: tuple[int, int]) -> BundleContent:
         """What the model brings to its bundle; nothing in it depends on the size of the images."""
         del size
         embedding = self.model.embedding
@@ -138,7 +138,7 @@ class SaCfaPatchCore(BundleExport, InspectionModule, AnomalibModule):
             "reduction_ratio": embedding.dimension / sum(embedding.out_dims),
             "num_neighbors": self.model.num_neighbors,
         }
-        return Bundle(graph=WholeGraph(self), metadata=metadata)
+        return BundleContent(graph=WholeGraph(self), metadata=metadata)
 
     # Learning
 
