@@ -13,19 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
 import torch
-from anomalib import TaskType
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from numpy.typing import NDArray
 from torch import nn
-from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc, binary_f1_score
 from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 from torchvision.transforms.v2.functional import resize
@@ -87,64 +85,6 @@ class WholeGraph(nn.Module):
                 left, top = round(width / 2), round(height / 2)  # as torchvision crops
                 outputs[name] = nn.functional.pad(outputs[name], (left, width - left, top, height - top))
         return outputs
-
-
-class BundleExport(nn.Module):
-    """Exports a model to OpenVINO as a bundle. To be named before `AnomalibModule` as base."""
-
-    def bundle(self, size: tuple[int, int]) -> Bundle:
-        """What the model brings to its bundle, for images of a height and width."""
-        raise NotImplementedError
-
-    def to_openvino(
-        self,
-        export_root: str | Path,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        metric: Metric | None = None,
-        task: TaskType | None = None,
-        max_drop: float = 0.01,
-        ov_kwargs: dict[str, Any] | None = None,
-        onnx_kwargs: dict[str, Any] | None = None,
-    ) -> Path:
-        """Write a bundle, with which an edge PC inspects, to `export_root/weights/openvino`; see :func:`export_bundle`.
-
-        Args:
-            export_root: Folder of exports.
-            model_file_name: Must be ``model``, by which the edge PC finds the graph.
-            input_size: As for :func:`export_bundle`.
-            compression_type: As for :func:`export_bundle`.
-            datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
-            metric: Not used; image AUROC and F1 are compared.
-            task: Not used.
-            max_drop: Largest loss of AUROC or F1 by compression; one decision may always change.
-            ov_kwargs: Arguments of ``openvino.convert_model``; ``{"input": [1, 3, H, W]}`` fixes the batch size.
-            onnx_kwargs: Arguments of ``torch.onnx.export``.
-
-        Returns:
-            Path of ``model.xml``.
-
-        Raises:
-            RuntimeError: If a model that judges by what it has learned has learned nothing.
-            ValueError: If an argument does not fit, or compression loses more than allowed. An older bundle remains.
-        """
-        del metric, task
-        if model_file_name != "model":
-            msg = f"A bundle holds its graph in model.xml, not in {model_file_name}.xml; name its folder instead."
-            raise ValueError(msg)
-        return export_bundle(
-            cast("AnomalibModule", self.eval()),
-            type(self).bundle,
-            export_root,
-            input_size=input_size,
-            compression_type=compression_type,
-            datamodule=datamodule,
-            max_drop=max_drop,
-            ov_kwargs=ov_kwargs,
-            onnx_kwargs=onnx_kwargs,
-        )
 
 
 class _WithInputs(nn.Module):

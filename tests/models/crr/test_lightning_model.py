@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 from torchvision.tv_tensors import Image
 
 from anomalib_ext.models import Crr
-from anomalib_ext.models.crr.lightning_model import WithAnomalies
+from anomalib_ext.models.crr.anomalous_batches import WithAnomalies
 
 Make = Callable[..., Any]
 SIDE = 64
