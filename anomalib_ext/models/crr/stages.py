@@ -77,12 +77,16 @@ class StagesProgress(Callback):
                 self._undo.callback(setattr, trainer, "check_val_every_n_epoch", trainer.check_val_every_n_epoch)
                 trainer.check_val_every_n_epoch = 1
 
-    def teardown(self, *args) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the trainer as it was."""
-        del args
+        del trainer, pl_module, stage
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Likewise, for after a failure there is no teardown."""
+        del trainer, pl_module, exception
+        self._close()
+
+    def _close(self) -> None:
         self._undo.close()
         self._bar = None
-
-    def on_exception(self, *args) -> None:
-        """Likewise, for after a failure there is no teardown."""
-        self.teardown(*args)
