@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import Compose, Normalize, RandomHorizontalFlip, RandomRotation, Resize, Transform
 
+from anomalib_ext.files import atomic_write
 from anomalib_ext.models.components.backbone import backbone_normalization, describe_origin, load_classifier
-from anomalib_ext.models.components.training import check_files, is_readable, replacing
+from anomalib_ext.models.components.checks import check_files, is_readable
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def finetune(
         msg = "The loss on the held-out images was never finite, so nothing was written: lower the learning_rate."
         raise ValueError(msg)
     result = {"epochs": float(trainer.current_epoch), **model.best_values}
-    with replacing(output) as file:
+    with atomic_write(output) as file:
         file.write(save(model.best, {**describe_origin(backbone), "classes": json.dumps(classes)}))
     figures = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
     Console().print(f"Learned to tell {len(classes)} classes apart: {figures}. The weights are in {output}")
@@ -263,7 +264,7 @@ def _checked_classes(samples: Sequence[tuple[Path, str]], data: object) -> list[
     if unreadable:
         msg = f"{len(unreadable)} files cannot be read as images, repair or remove them: {', '.join(unreadable[:5])}"
         raise ValueError(msg)
-    check_files([str(path) for path in paths])
+    check_files(paths)
     return sorted(counts)
 
 

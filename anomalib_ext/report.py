@@ -14,7 +14,7 @@ from PIL import Image
 
 from anomalib_ext import __version__, plots
 from anomalib_ext.data.multi_category import MEAN
-from anomalib_ext.models.components.training import replacing
+from anomalib_ext.files import atomic_write
 from anomalib_ext.stream import METRICS
 
 Logged = dict[str, dict[int, float]]  # value by name and step
@@ -41,7 +41,7 @@ def report(run: Path) -> None:
     )
     environment.filters["number"] = lambda value, digits=3: "" if math.isnan(value) else f"{value:,.{digits}f}"
     page = environment.get_template("report.html.jinja").render(_content(run), shade=plots.shade, version=__version__)
-    with replacing(run / "report.html") as file:
+    with atomic_write(run / "report.html") as file:
         file.write(page.encode())
     print(f"The report is {run / 'report.html'}")
 

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.data.multi_category import MEAN
-from anomalib_ext.models.components.training import replacing, write_table
+from anomalib_ext.files import atomic_write, write_table
 from anomalib_ext.plots import heat_maps, to_array
 
 METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score")
@@ -105,7 +105,7 @@ def learn_stream(
                 values[f"{MEAN}/{key}"] = float(np.mean(measured)) if measured else math.nan
             values = {key: value for key, value in values.items() if not math.isnan(value)}
             metrics += [{"step": step, "name": key, "value": value} for key, value in values.items()]
-            with replacing(results_dir / "hparams.json") as file:
+            with atomic_write(results_dir / "hparams.json") as file:
                 file.write(json.dumps(hparams, default=str, indent=2).encode())
             write_table(metrics, results_dir / "metrics.csv")
             write_table(scores, results_dir / "scores.csv")

@@ -22,8 +22,8 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 
 from anomalib_ext.data import MultiCategory
+from anomalib_ext.files import atomic_write, write_table
 from anomalib_ext.models import ContinualPatchCore
-from anomalib_ext.models.components.training import replacing, write_table
 from openvino_export.memory.augment import FEW_IMAGES
 from openvino_export.memory.memory_bank import MemoryBank
 
@@ -191,7 +191,7 @@ class Results:
                     f"place of {[settings[key] for key in other]}. Give another results_dir, or remove that folder."
                 )
                 raise ValueError(msg)
-        with replacing(folder / "settings.json") as file:
+        with atomic_write(folder / "settings.json") as file:
             file.write(json.dumps(settings, indent=2).encode())
         if (folder / "results.csv").exists():
             with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
@@ -218,7 +218,7 @@ class Results:
         arrays, plain = learner.state()
         before = self._states(run)
         path = self.folder / "state" / f"{run}-step{step}.safetensors"
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(safetensors.numpy.save(arrays, {"plain": json.dumps(plain)}))
         self.add(rows)
         for other in before:

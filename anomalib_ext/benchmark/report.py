@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 from matplotlib.figure import Figure
 
+from anomalib_ext.files import atomic_write
 from anomalib_ext.metrics import (
     AverageValue,
     BackwardTransfer,
@@ -19,7 +20,6 @@ from anomalib_ext.metrics import (
     RelativeGap,
     TaskMatrix,
 )
-from anomalib_ext.models.components.training import replacing
 from anomalib_ext.plots import heat_maps
 
 from .learners import ContinualPatchCoreLearner, Joint
@@ -107,10 +107,10 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
     for name, figure in plots.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
-        with replacing(folder / f"{name}.png") as file:
+        with atomic_write(folder / f"{name}.png") as file:
             file.write(buffer.getvalue())
         text.append(f"![{name}]({name}.png)\n")
-    with replacing(folder / "report.md") as file:
+    with atomic_write(folder / "report.md") as file:
         file.write("\n".join(text).encode())
 
 

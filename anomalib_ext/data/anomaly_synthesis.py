@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from anomalib_ext.models.components.training import SMALLEST_SIDE
+from openvino_export.images import SMALLEST_SIDE
 
 # Without a texture folder: surfaces among the photographs in the wheel of scikit-image, which Anomalib requires.
 _TEXTURES = ("brick.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png")

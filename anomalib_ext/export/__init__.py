@@ -12,14 +12,11 @@ and checks what that loses; here is the order of the work.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
-from anomalib import TaskType
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from anomalib.models.components import AnomalibModule
-from torch import nn
-from torchmetrics import Metric
 
 from openvino_export.bundle import folder as bundles
 
@@ -35,7 +32,7 @@ from .contract import (
 )
 from .convert import accept_any_size, convert, join, save_graph, without_telemetry
 
-__all__ = ["EMBEDDING", "OUTPUTS", "BundleContent", "BundleExport", "WholeGraph", "export_bundle"]
+__all__ = ["EMBEDDING", "OUTPUTS", "BundleContent", "WholeGraph", "export_bundle"]
 
 
 @without_telemetry()
@@ -119,61 +116,3 @@ def export_bundle(
     target = Path(export_root) / "weights" / "openvino"
     bundles.create(target, files, metadata)
     return target / "model.xml"
-
-
-class BundleExport(nn.Module):
-    """Exports a model to OpenVINO as a bundle. To be named before `AnomalibModule` as base."""
-
-    def bundle_content(self, size: tuple[int, int]) -> BundleContent:
-        """What the model brings to its bundle, for images of a height and width."""
-        raise NotImplementedError
-
-    def to_openvino(
-        self,
-        export_root: str | Path,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        metric: Metric | None = None,
-        task: TaskType | None = None,
-        max_drop: float = 0.01,
-        ov_kwargs: dict[str, Any] | None = None,
-        onnx_kwargs: dict[str, Any] | None = None,
-    ) -> Path:
-        """Write a bundle, with which an edge PC inspects, to `export_root/weights/openvino`; see :func:`export_bundle`.
-
-        Args:
-            export_root: Folder of exports.
-            model_file_name: Must be ``model``, by which the edge PC finds the graph.
-            input_size: As for :func:`export_bundle`.
-            compression_type: As for :func:`export_bundle`.
-            datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
-            metric: Not used; image AUROC and F1 are compared.
-            task: Not used.
-            max_drop: Largest loss of AUROC or F1 by compression; one decision may always change.
-            ov_kwargs: Arguments of ``openvino.convert_model``; ``{"input": [1, 3, H, W]}`` fixes the batch size.
-            onnx_kwargs: Arguments of ``torch.onnx.export``.
-
-        Returns:
-            Path of ``model.xml``.
-
-        Raises:
-            RuntimeError: If a model that scores by what it has learned has learned nothing.
-            ValueError: If an argument does not fit, or compression loses more than allowed. An older bundle remains.
-        """
-        del metric, task
-        if model_file_name != "model":
-            msg = f"A bundle holds its graph in model.xml, not in {model_file_name}.xml; name its folder instead."
-            raise ValueError(msg)
-        return export_bundle(
-            cast("AnomalibModule", self.eval()),
-            type(self).bundle_content,
-            export_root,
-            input_size=input_size,
-            compression_type=compression_type,
-            datamodule=datamodule,
-            max_drop=max_drop,
-            ov_kwargs=ov_kwargs,
-            onnx_kwargs=onnx_kwargs,
-        )

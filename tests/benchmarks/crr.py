@@ -30,7 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from anomalib_ext.data import AnomalySynthesis, MultiCategory
-from anomalib_ext.models.crr.lightning_model import ENCODER, WithAnomalies
+from anomalib_ext.models.crr.anomalous_batches import WithAnomalies
+from anomalib_ext.models.crr.lightning_model import ENCODER
 from anomalib_ext.models.crr.torch_model import MAP_SIDE, CrrModel
 
 # On a CPU that others use too, processor time says more.

@@ -1,16 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PatchCore's search, image score and anomaly map (arXiv 2106.08265, section 3.3) in torch, fast and ready for export.
+"""What models with PatchCore's memory bank share (arXiv 2106.08265): embedding, search, scores, life in a trainer.
 
-The results are those of Anomalib's ``Patchcore``. The ways to them are ours: the bank's squared lengths are given and
-not taken anew, one matrix product ranks the vectors, and only the nearest one's distance is taken.
+The results are those of Anomalib's ``Patchcore``. The ways to them are ours, fast and ready for export: the bank's
+squared lengths are given and not taken anew, one matrix product ranks the vectors, and only the nearest one's distance
+is taken.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
+from anomalib.data import ImageBatch
 
 from openvino_export.anomaly_map import map_matrix
 
+from .checks import check_files
+from .training import InspectionModule
+
+if TYPE_CHECKING:
+    from anomalib.data.utils.tiler import Tiler
+
 # Patches that are looked up at a time; with 64 and 1024 the search was slower.
 CHUNK_SIZE = 256
+
+
+def embed(
+    images: torch.Tensor,
+    embedding: Callable[[torch.Tensor], torch.Tensor],
+    tiler: "Tiler | None",
+) -> torch.Tensor:
+    """Patch embeddings of shape ``(B, h, w, d)``, in float32.
+
+    Args:
+        images: Normalised images, shape ``(B, 3, H, W)``.
+        embedding: Gives ``(b, d, h, w)`` for some of them, or for their tiles.
+        tiler: Cuts images into tiles, and puts their embeddings together.
+    """
+    # The length last: asking for it while a model is exported would fix the batch size.
+    if not torch.compiler.is_compiling() and images.device.type == "cpu" and len(images) > 1:
+        # The feature maps of a batch do not stay in a CPU's cache: one by one takes half the time.
+        return torch.cat([embed(image, embedding, tiler) for image in images.split(1)])
+    maps = tiler.untile(embedding(tiler.tile(images))) if tiler else embedding(images)
+    return maps.permute(0, 2, 3, 1).float()
+
+
+def check_learned(num_vectors: int, how_to_learn: str) -> None:
+    """Refuse to score with an empty memory bank.
+
+    Args:
+        num_vectors: Number of vectors in the bank.
+        how_to_learn: Methods that learn.
+
+    Raises:
+        RuntimeError: If there are no vectors.
+    """
+    if not num_vectors:
+        msg = (
+            f"The memory bank is empty, so nothing can be judged. Learn normal images first ({how_to_learn}), or load "
+            "a checkpoint (--ckpt_path)."
+        )
+        raise RuntimeError(msg)
 
 
 def search(patches: torch.Tensor, bank: torch.Tensor, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,3 +160,31 @@ def anomaly_maps(scores: torch.Tensor, size: torch.Size) -> torch.Tensor:
     )
     with torch.autocast(scores.device.type, enabled=False):
         return rows @ scores @ columns.T
+
+
+class PatchCoreModule(InspectionModule):
+    """Life in a trainer of a model that learns by looking once at each image. To be named before ``AnomalibModule``."""
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """Nothing is optimised."""
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """One pass over the images on one device."""
+        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+
+    def learn_batch(self, batch: ImageBatch) -> None:
+        """Learn a batch of normal images."""
+        raise NotImplementedError
+
+    def training_step(self, batch: ImageBatch, *args, **kwargs) -> torch.Tensor:
+        """Learn a batch of normal images, whose files are checked; Lightning wants a loss.
+
+        Raises:
+            ValueError: If the images cannot be learned.
+        """
+        del args, kwargs
+        check_files(batch.image_path)
+        self.learn_batch(batch)
+        return torch.tensor(0.0, requires_grad=True, device=self.device)

@@ -1,57 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models do alike in a trainer: safe files, and image files that are refused or named when unreadable."""
+"""What the models do alike in a trainer: steps, checkpoints, export, and what a failed run says."""
 
-import csv
-import io
 import logging
-import os
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
-from anomalib import LearningType
+from anomalib import LearningType, TaskType
 from anomalib.data import AnomalibDataModule, Batch
+from anomalib.deploy import CompressionType
 from anomalib.engine.plugins import AnomalibCheckpointIO
+from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from PIL import Image
 from torch import nn
+from torchmetrics import Metric
+
+from anomalib_ext.export import BundleContent, export_bundle
+from anomalib_ext.files import atomic_write
+
+from .checks import check_files, is_readable
 
 logger = logging.getLogger(__name__)
 
-# An image with a shorter side than this holds no surface to judge.
-SMALLEST_SIDE = 16
-
-
-def prepare_fit(trainer: Trainer) -> None:
-    """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
-    # A finished epoch of an earlier fit would let the trainer stop before the first batch.
-    trainer.fit_loop.epoch_progress.reset()
-    plugin = trainer.strategy.checkpoint_io
-    if type(plugin) is AnomalibCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO(plugin.extra_safe_globals)
-    datamodule = getattr(trainer, "datamodule", None)
-    if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
-        # With `val_split_mode=none`, Anomalib's own method fails instead of saying that there is nothing.
-        setattr(datamodule, "val_dataloader", lambda: [])  # noqa: B010, PIE807  # Lightning wants a function
-
 
 class InspectionModule(LightningModule):
-    """What most models do alike in a trainer. To be named before ``AnomalibModule`` as base.
+    """What all models do alike in a trainer. To be named before ``AnomalibModule`` as base.
 
     Attributes:
         model: Gives an ``InferenceBatch`` for images in evaluation mode.
+
+    Raises:
+        TypeError: If a class names it after ``AnomalibModule``, whose methods would hide those of this one.
     """
 
+    # It does not derive from `AnomalibModule`, for Anomalib takes each of its subclasses for a model.
+
     model: nn.Module
+    # Trainer, by its id since models are copied without trainers, and checkpoint that the last fit started from.
+    _continued_from: tuple[int, str] | None = None
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        """Refuse bases in the wrong order."""
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, AnomalibModule) and cls.mro().index(AnomalibModule) < cls.mro().index(InspectionModule):
+            own = next(base.__name__ for base in cls.__bases__ if issubclass(base, InspectionModule))
+            msg = f"{cls.__name__} must name {own} before its bases of Anomalib, or their methods would hide its own."
+            raise TypeError(msg)
 
     @property
     def learning_type(self) -> LearningType:
         """Learns from normal images."""
         return LearningType.ONE_CLASS
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+
+    # Steps
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, and one that names unreadable images."""
@@ -59,27 +66,111 @@ class InspectionModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
-        if stage == TrainerFn.FITTING:
-            prepare_fit(self.trainer)
+        if stage != TrainerFn.FITTING:
+            return
+        # A finished epoch of an earlier fit would let the trainer stop before the first batch.
+        self.trainer.fit_loop.epoch_progress.reset()
+        plugin = self.trainer.strategy.checkpoint_io
+        if type(plugin) is AnomalibCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO(plugin.extra_safe_globals)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
+            # With `val_split_mode=none`, Anomalib's own method fails instead of saying that there is nothing.
+            setattr(datamodule, "val_dataloader", lambda: [])  # noqa: B010, PIE807  # Lightning wants a function
 
     def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
         """Score a batch."""
         del args, kwargs
-        return self._judge(batch)
+        return self._score(batch)
 
     def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> STEP_OUTPUT:
         """Score a batch."""
         del batch_idx, args, kwargs
-        return self._judge(batch)
+        return self._score(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch."""
         del batch_idx, dataloader_idx
-        return self._judge(batch)
+        return self._score(batch)
 
-    def _judge(self, batch: Batch) -> Batch:
+    def _score(self, batch: Batch) -> Batch:
         check_files(getattr(batch, "image_path", None))
         return batch.update(**self.model(batch.image)._asdict())
+
+    # Checkpoints
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let ``Engine.train`` test what was learned: it asks for the checkpoint that it started from.
+
+        What was learned on top of it would be lost; so, asked by the same trainer, the model stays as it is.
+        """
+        trainer = self._trainer
+        continued_from, self._continued_from = self._continued_from, None
+        asked_for = None if trainer is None else (id(trainer), str(trainer.ckpt_path))
+        if trainer is not None and trainer.state.fn == TrainerFn.TESTING and asked_for == continued_from:
+            logger.warning("Testing what was learned on top of %s; load it apart to test it alone.", trainer.ckpt_path)
+            checkpoint["state_dict"] = self.state_dict()
+            checkpoint.pop("callbacks", None)  # with the thresholds and the path of the old checkpoint
+            return
+        super().on_load_checkpoint(checkpoint)
+        if self._is_fitting:
+            self._continued_from = asked_for
+
+    # Export
+
+    def bundle_content(self, size: tuple[int, int]) -> BundleContent:
+        """What the model brings to its bundle, for images of a height and width."""
+        raise NotImplementedError
+
+    def to_openvino(
+        self,
+        export_root: str | Path,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,
+        max_drop: float = 0.01,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+    ) -> Path:
+        """Write a bundle, with which an edge PC inspects, to `export_root/weights/openvino`; see :func:`export_bundle`.
+
+        Args:
+            export_root: Folder of exports.
+            model_file_name: Must be ``model``, by which the edge PC finds the graph.
+            input_size: As for :func:`export_bundle`.
+            compression_type: As for :func:`export_bundle`.
+            datamodule: Its training images calibrate the quantisation, its test images show what compression loses.
+            metric: Not used; image AUROC and F1 are compared.
+            task: Not used.
+            max_drop: Largest loss of AUROC or F1 by compression; one decision may always change.
+            ov_kwargs: Arguments of ``openvino.convert_model``; ``{"input": [1, 3, H, W]}`` fixes the batch size.
+            onnx_kwargs: Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path of ``model.xml``.
+
+        Raises:
+            RuntimeError: If a model that judges by what it has learned has learned nothing.
+            ValueError: If an argument does not fit, or compression loses more than allowed. An older bundle remains.
+        """
+        del metric, task
+        if model_file_name != "model":
+            msg = f"A bundle holds its graph in model.xml, not in {model_file_name}.xml; name its folder instead."
+            raise ValueError(msg)
+        return export_bundle(
+            cast("AnomalibModule", self.eval()),
+            type(self).bundle_content,
+            export_root,
+            input_size=input_size,
+            compression_type=compression_type,
+            datamodule=datamodule,
+            max_drop=max_drop,
+            ov_kwargs=ov_kwargs,
+            onnx_kwargs=onnx_kwargs,
+        )
 
 
 class UnreadableImages(Callback):
@@ -100,98 +191,6 @@ class UnreadableImages(Callback):
                     logger.error("%s cannot be read as an image; repair or remove it.", path)
 
 
-class AtomicCheckpointIO(AnomalibCheckpointIO):
-    """Writes a checkpoint beside the old one, syncs it and renames it over: a kill leaves one of the two whole."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
-        """Save as Lightning does, then replace ``path`` at once."""
-        if storage_options is not None or "://" in str(path):  # a remote file has no directory to rename in
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        with replacing(Path(path)) as file:
-            torch.save(checkpoint, file)
-
-
-@contextmanager
-def replacing(path: Path) -> Generator[BinaryIO]:
-    """Give a file to write beside ``path``, then sync it and rename it over; if writing fails, the old file stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")  # always the same, so that the next save removes a killed one's
-    try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a directory cannot be synced
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-
-
-def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a CSV file all at once, so that an interruption leaves the one before.
-
-    Args:
-        rows: At least one; the keys of the first are the header.
-        path: The file.
-    """
-    with replacing(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.DictWriter(text, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()
-
-
-def check_files(paths: Sequence[str] | None) -> None:
-    """Refuse image files that Anomalib would read as something else than what they show."""
-    for path in paths or ():
-        try:
-            with Image.open(path) as image:
-                width, height, mode = *image.size, image.mode
-        except OSError:  # whoever reads the pixels says so, or needs no such file
-            continue
-        if min(width, height) < SMALLEST_SIDE:
-            msg = f"{path} has {width} x {height} pixels; at least {SMALLEST_SIDE} each way are needed to judge it."
-            raise ValueError(msg)
-        if mode.startswith(("I", "F")):
-            msg = (
-                f"{path} has pixels of mode {mode!r} (more than 8 bits). They would be clipped to 8 bits: "
-                "convert the image to 8 bits first, in the same way for learning and for judging."
-            )
-            raise ValueError(msg)
-
-
-def check_images(images: torch.Tensor) -> None:
-    """Refuse normalised images that cannot be learned or judged.
-
-    Raises:
-        ValueError: If the shape is not ``(B, 3, H, W)``, or a value is not finite.
-    """
-    if images.ndim != 4 or images.shape[1] != 3:
-        msg = f"Images must have the shape (B, 3, H, W), got {tuple(images.shape)}."
-        raise ValueError(msg)
-    if not torch.compiler.is_compiling() and not torch.isfinite(images).all():
-        bad = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
-        msg = f"Images {bad} of the batch hold NaN or infinite values. Nothing of the batch was used."
-        raise ValueError(msg)
-
-
-def check_scores(scores: torch.Tensor) -> None:
-    """Refuse image scores of shape ``(B,)`` that are not finite.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    if not torch.compiler.is_compiling() and not torch.isfinite(scores).all():
-        bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
-        msg = f"Images {bad} of the batch give scores that are not finite; look for NaN in the weights of the model."
-        raise ValueError(msg)
-
-
 def _image_files(trainer: Trainer) -> list[str]:
     """Image files of the trainer's datasets."""
     paths: list[str] = []
@@ -208,11 +207,13 @@ def _image_files(trainer: Trainer) -> list[str]:
     return list(map(str, paths))
 
 
-def is_readable(path: str | Path) -> bool:
-    """Whether a file can be decoded as an image."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError):
-        return False
-    return True
+class AtomicCheckpointIO(AnomalibCheckpointIO):
+    """Writes a checkpoint beside the old one, syncs it and renames it over: a kill leaves one of the two whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
+        """Save as Lightning does, then replace ``path`` at once."""
+        if storage_options is not None or "://" in str(path):  # a remote file has no directory to rename in
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with atomic_write(Path(path)) as file:
+            torch.save(checkpoint, file)

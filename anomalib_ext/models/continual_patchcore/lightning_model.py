@@ -26,9 +26,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from anomalib_ext.data import MultiCategory
-from anomalib_ext.export import BundleContent, BundleExport
+from anomalib_ext.export import BundleContent
 from anomalib_ext.models.components.backbone import backbone_pre_processor
-from anomalib_ext.models.components.training import InspectionModule, UnreadableImages, check_files
+from anomalib_ext.models.components.checks import check_files
+from anomalib_ext.models.components.patchcore import PatchCoreModule
+from anomalib_ext.models.components.training import UnreadableImages
 from openvino_export.images import check_values, load
 from openvino_export.memory.guard import SUSPICION, excess
 from openvino_export.memory.thresholds import calibrated, calibration_patches, thresholds
@@ -41,7 +43,7 @@ from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
 logger = logging.getLogger(__name__)
 
 
-class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # most are hooks of Lightning and Anomalib
+class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of Lightning and Anomalib
     """PatchCore that learns product after product within a fixed memory budget.
 
     Every ``Engine.fit`` on the same model, every ``--ckpt_path`` given to ``anomalib train`` or ``fit``, and every
@@ -130,7 +132,6 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         self.variant = variant
         self.last_report: Report | None = None
         self._validation = {}
-        self._continued_from: tuple[int, str] | None = None  # a trainer's id, for models are copied without trainers
 
     @staticmethod
     def configure_pre_processor(
@@ -149,15 +150,6 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
     def configure_post_processor() -> PostProcessor:
         """Post-processor with thresholds by variant."""
         return VariantPostProcessor()
-
-    @staticmethod
-    def configure_optimizers() -> None:
-        """Nothing is optimised."""
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """One pass over the images on one device."""
-        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
 
     def forward(self, batch: torch.Tensor, *args, **kwargs) -> InferenceBatch:
         """Pre-process, score and post-process images of shape ``(B, 3, H, W)`` in [0, 1]."""
@@ -242,17 +234,13 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         """Begin to learn."""
         self.model.begin_update(self.few_shot_views)
 
-    def training_step(self, batch: ImageBatch, *args, **kwargs) -> torch.Tensor:
+    def learn_batch(self, batch: ImageBatch) -> None:
         """Learn a batch of normal images."""
-        del args, kwargs
         assert batch.image is not None
-        check_files(batch.image_path)
         assert self.model.update is not None
         labels, images = self._labels(batch), _to_array(batch.image)
         for label in dict.fromkeys(labels):
             self.model.update.add(images[[other == label for other in labels]], label)
-        # Lightning wants a loss.
-        return torch.tensor(0.0, requires_grad=True, device=self.device)
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""
@@ -337,7 +325,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
     def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
         """Score a batch and keep what calibrates the thresholds."""
         del args, kwargs
-        embedding, scores = self._score(batch)
+        embedding, scores = self._search_and_score(batch)
         if batch.gt_label is None:
             return batch
         bank = self.model.searched
@@ -351,11 +339,11 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
                 self._validation.setdefault(name, []).append((kept, bool(label)))
         return batch
 
-    def _judge(self, batch: Batch) -> Batch:
-        self._score(batch)
+    def _score(self, batch: Batch) -> Batch:
+        self._search_and_score(batch)
         return batch
 
-    def _score(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _search_and_score(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Write what the model says into the batch, and return the patch embeddings and their scores."""
         check_files(getattr(batch, "image_path", None))
         images = cast("torch.Tensor", batch.image)
@@ -374,22 +362,12 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         Raises:
             ValueError: If the checkpoint is of another model.
         """
-        trainer = self._trainer
-        came_from, self._continued_from = self._continued_from, None
-        asked = (id(trainer), str(trainer.ckpt_path)) if trainer is not None else None
-        if trainer is not None and trainer.state.fn == TrainerFn.TESTING and asked == came_from:
-            # `Engine.train` tests with the checkpoint that it started from; going back there would lose the learned.
-            logger.warning("Testing what was learned on top of %s; load it apart to test it alone.", trainer.ckpt_path)
-            checkpoint["state_dict"] = self.state_dict()
-            checkpoint.pop("callbacks", None)  # with the thresholds and the path of the old checkpoint
-            return
         self._read_bank(checkpoint["state_dict"])  # before anything of it is taken over
         super().on_load_checkpoint(checkpoint)
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        if self._is_fitting:
             # Or the trainer believes that the epoch is over, and its callbacks that the best is saved already.
             checkpoint.pop("loops", None)
             checkpoint.pop("callbacks", None)
-            self._continued_from = asked
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
         """Load weights and bank, or nothing if they do not fit; thresholds follow from the bank."""

@@ -109,12 +109,7 @@ class ContinualPatchCoreModel(nn.Module):
             RuntimeError: If nothing was learned yet.
             ValueError: If an image gives scores that are not finite.
         """
-        if not len(self.searched):
-            msg = (
-                "The memory bank is empty, so nothing can be judged. Learn normal images first (Engine.fit or "
-                "partial_fit), or load a checkpoint (--ckpt_path)."
-            )
-            raise RuntimeError(msg)
+        patchcore.check_learned(len(self.searched), "Engine.fit or partial_fit")
         return patchcore.search(embedding.flatten(1, 2), self.memory_bank, self.squares)
 
     def score(
@@ -152,17 +147,11 @@ class ContinualPatchCoreModel(nn.Module):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings of shape ``(B, h, w, d)``, in float32, for images of shape ``(B, 3, H, W)``."""
-        # The length last: asking for it while a model is exported would fix the batch size.
-        if not torch.compiler.is_compiling() and images.device.type == "cpu" and len(images) > 1:
-            # The feature maps of a batch do not stay in a CPU's cache: one by one takes half the time.
-            return torch.cat([self.embed(image) for image in images.split(1)])
-        if self.tiler:
-            images = self.tiler.tile(images)
+        return patchcore.embed(images, self._pooled_features, self.tiler)
+
+    def _pooled_features(self, images: torch.Tensor) -> torch.Tensor:
         features = self.feature_extractor(images)
-        embedding = self.generate_embedding({layer: self.feature_pooler(value) for layer, value in features.items()})
-        if self.tiler:
-            embedding = self.tiler.untile(embedding)
-        return embedding.permute(0, 2, 3, 1).float()
+        return self.generate_embedding({layer: self.feature_pooler(value) for layer, value in features.items()})
 
     def nearest_neighbors(self, embedding: torch.Tensor, n_neighbors: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances to the nearest vectors and their indices, each ``(..., n_neighbors)``, squeezed for one."""

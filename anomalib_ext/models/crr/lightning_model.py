@@ -2,46 +2,39 @@
 """Crr in a trainer: two stages in one fit. See the README beside this file for what is the paper's and what is ours."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib.data import Batch, ImageBatch, ImageItem
+from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.models.image.dinomaly.components import CosineHardMiningLoss, StableAdamW, WarmCosineScheduler
+from anomalib.models.image.dinomaly.components import StableAdamW
 from anomalib.models.image.dinomaly.lightning_model import TRAINING_CONFIG
-from anomalib.models.image.glass.loss import FocalLoss
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 from torch.optim import Adam, Optimizer
-from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize, Transform
-from torchvision.tv_tensors import Image, Mask
-from tqdm.auto import tqdm
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
-from anomalib_ext.data.anomaly_synthesis import AnomalySynthesis
 from anomalib_ext.export import BundleContent
 from anomalib_ext.models.components.backbone import backbone_normalization, describe_vit
-from anomalib_ext.models.components.reverse_distillation import DistillationModule
-from anomalib_ext.models.components.training import check_files
+from anomalib_ext.models.components.checks import check_files
+from anomalib_ext.models.components.frozen_teacher import FrozenTeacherModule
 
-from .torch_model import MAP_SIDE, CrrModel
+from .anomalous_batches import AnomalousBatches
+from .loss import repair_loss, segment_loss
+from .stages import STAGES, RepairSchedule, StagesProgress, current_stage
+from .torch_model import CrrModel
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("repair", "segment")
 ENCODER = "vit_base_patch14_reg4_dinov2.lvd142m"
 
 
-class Crr(DistillationModule, AnomalibModule):
+class Crr(FrozenTeacherModule, AnomalibModule):
     """One model for many classes: Dinomaly that repairs synthetic anomalies, with a head that segments them (CRR).
 
     After Wang et al., arXiv 2512.11401. One fit learns in two stages: ``repair`` trains bottleneck and decoder,
@@ -83,6 +76,7 @@ class Crr(DistillationModule, AnomalibModule):
     """
 
     model: CrrModel
+    backbone_argument = "encoder"
     save_teachers = True
 
     def __init__(
@@ -138,8 +132,6 @@ class Crr(DistillationModule, AnomalibModule):
         self.repair = repair
         self.lengths = (repair_steps * (stage != "segment"), segment_steps * (stage != "repair"))
         self.synthesis = {"texture_dir": texture_dir, "texture_only": texture_only, "foreground_dir": foreground_dir}
-        self.distance = CosineHardMiningLoss()
-        self.focal_loss = FocalLoss(nn.Softmax(dim=1), gamma=2)
         self._begins = False
 
     @staticmethod
@@ -167,16 +159,13 @@ class Crr(DistillationModule, AnomalibModule):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """The stages end the fit, not a number of epochs; nothing is judged before the first step."""
+        """The stages end the fit, not a number of epochs; nothing is scored before the first step."""
         return {**super().trainer_arguments, "max_epochs": -1}
 
     @property
     def current_stage(self) -> str | None:
         """Name of the stage that is to be learned next, if any is left."""
-        left = (
-            name for name, done, length in zip(STAGES, self.model.steps, self.lengths, strict=True) if done < length
-        )
-        return next(left, None)
+        return current_stage(self.model.steps, self.lengths)
 
     @property
     def loads_anomalies(self) -> bool:
@@ -193,9 +182,10 @@ class Crr(DistillationModule, AnomalibModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Those of all models here, and what surrounds the two stages."""
-        return [*super().configure_callbacks(), _Stages(self.synthesis if self.loads_anomalies else None)]
+        anomalies = [AnomalousBatches(self.synthesis)] if self.loads_anomalies else []
+        return [*super().configure_callbacks(), *anomalies, StagesProgress(self.model, self.lengths)]
 
-    def configure_optimizers(self) -> tuple[list[Optimizer], list[WarmCosineScheduler]]:
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[RepairSchedule]]:
         """StableAdamW with warm-up and cosine for the first stage, and Adam for the second."""
         parameters = [*self.model.bottleneck.parameters(), *self.model.decoder.parameters()]
         first = StableAdamW(parameters, **{**TRAINING_CONFIG["optimizer"], "eps": 1e-10})
@@ -206,7 +196,7 @@ class Crr(DistillationModule, AnomalibModule):
         optimizers: list[Optimizer] = [first]
         if self.model.head is not None:
             optimizers.append(Adam(self.model.head.parameters(), lr=1e-4))
-        return optimizers, [_Schedule(first, **schedule)]
+        return optimizers, [RepairSchedule(first, **schedule)]
 
     def on_train_start(self) -> None:
         """See what there is to learn.
@@ -250,11 +240,12 @@ class Crr(DistillationModule, AnomalibModule):
         assert stage is not None  # or the trainer would have stopped
         clean, anomalous = images.chunk(2) if self.loads_anomalies else (images, None)
         if stage == "repair":
-            loss = self.repair_loss(clean, anomalous if self.repair else None)
+            loss = repair_loss(self.model, clean, anomalous if self.repair else None)
         else:
             assert anomalous is not None
             half = slice(max(1, len(anomalous) // 2))
-            loss = self.segment_loss(anomalous[half], cast("torch.Tensor", batch.gt_mask)[len(clean) :][half])
+            masks = cast("torch.Tensor", batch.gt_mask)[len(clean) :]
+            loss = segment_loss(self.model, anomalous[half], masks[half])
         if not torch.isfinite(loss):
             msg = f"The loss is {float(loss)}. Train with precision 32-true or bf16-mixed."
             raise ValueError(msg)
@@ -271,46 +262,13 @@ class Crr(DistillationModule, AnomalibModule):
             self.clip_gradients(optimizer, TRAINING_CONFIG["trainer"]["gradient_clip_val"], "norm")
         optimizer.step()
         if index == 0:
-            cast("_Schedule", self.lr_schedulers()).step()
+            cast("RepairSchedule", self.lr_schedulers()).step()
         else:
             # What the first stage leaves behind is four times as large as the decoder.
             first = self.trainer.optimizers[0]
             first.zero_grad()
             first.state.clear()
         self.model.steps[index] += 1
-
-    def repair_loss(self, clean: torch.Tensor, anomalous: torch.Tensor | None = None) -> torch.Tensor:
-        """Loss of the first stage: both kinds of images are to be decoded to what the encoder makes of the clean ones.
-
-        Args:
-            clean: Images, shape ``(B, 3, H, W)``.
-            anomalous: The same images with anomalies, if there is repair.
-        """
-        self.model.train()
-        images = clean if anomalous is None else torch.cat([clean, anomalous])
-        encoded, decoded = ([level.float() for level in maps] for maps in self.model.reconstruct(images))
-        target = [level[: len(clean)] for level in encoded]
-        # One call for each term: the loss turns down the gradient of the places that are easy among those of a call.
-        terms = zip(*(level.split(len(clean)) for level in decoded), strict=True)
-        return sum(
-            (self.distance(target, list(term), self.model.steps[0]) for term in terms), start=target[0].new_zeros(())
-        )
-
-    def segment_loss(self, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """Loss of the second stage: focal loss of the head, with all else as when judging.
-
-        Args:
-            images: Images with anomalies, shape ``(B, 3, H, W)``.
-            masks: Where these are, shape ``(B, H, W)``.
-        """
-        head = self.model.head
-        assert head is not None
-        self.model.eval()
-        head.train()
-        with torch.no_grad():
-            encoded, decoded = self.model.reconstruct(images)
-        target = F.interpolate(masks[:, None].float(), MAP_SIDE, mode="bilinear", align_corners=False) >= 0.5
-        return self.focal_loss(head(encoded, decoded).float(), target)
 
     def on_train_end(self) -> None:
         """Say so, if something else than the stages' lengths ended the fit."""
@@ -350,127 +308,3 @@ class Crr(DistillationModule, AnomalibModule):
                 "Export what Crr.load_from_checkpoint(path, inference_mask='expected') gives."
             )
             raise ValueError(msg)
-
-
-class _Schedule(WarmCosineScheduler):
-    """The parent's schedule without NumPy, which checkpoints that run no code do not hold."""
-
-    def get_lr(self) -> list[float]:
-        """Learning rate of each group."""
-        return [float(rate) for rate in super().get_lr()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """How far it is; how long it is, the model says."""
-        return {key: value for key, value in super().state_dict().items() if key not in {"schedule", "total_iters"}}
-
-
-class WithAnomalies:
-    """Collates each image together with a copy that has a synthetic anomaly; the copies are the second half.
-
-    It runs where the images are loaded, in the workers of a dataloader. Anomalies are made on resized images.
-
-    Args:
-        collate: Makes a batch of items.
-        resize: Resizes an image, if wanted.
-        synthesis: Makes the anomalies. It has a new seed for each batch, from the random numbers of the process, whose
-            state comes with checkpoints: so a training that is resumed sees what it would have seen.
-    """
-
-    def __init__(
-        self,
-        collate: Callable[[list[ImageItem]], ImageBatch],
-        resize: Transform | None,
-        synthesis: AnomalySynthesis,
-    ) -> None:
-        self.collate = collate
-        self.resize = resize or nn.Identity()
-        self.synthesis = synthesis
-
-    def __call__(self, items: Sequence[ImageItem]) -> ImageBatch:
-        """Make a batch."""
-        self.synthesis.reseed(int(torch.randint(2**31, ())))
-        clean, anomalous = [], []
-        for item in items:
-            image = self.resize(cast("torch.Tensor", item.image)).as_subclass(torch.Tensor)
-            changed, mask = self.synthesis(image, item.image_path)
-            nothing = Mask(torch.zeros(mask.shape[-2:], dtype=torch.uint8))
-            clean.append(replace(item, image=Image(image), gt_mask=nothing))
-            anomalous.append(replace(item, image=Image(changed), gt_mask=Mask(mask[0].to(torch.uint8))))
-        return self.collate([*clean, *anomalous])
-
-
-class _Stages(Callback):
-    """What surrounds the stages of a fit: anomalies in the batches, one progress bar, and an end.
-
-    Args:
-        synthesis: Arguments of the synthesis, if anomalies are needed.
-    """
-
-    def __init__(self, synthesis: dict[str, Any] | None) -> None:
-        self.synthesis = synthesis
-        self.bar: tqdm | None = None
-        self.undo: list[Callable[[], None]] = []
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the datamodule load anomalies."""
-        if stage != TrainerFn.FITTING or self.synthesis is None:
-            return
-        datamodule = getattr(trainer, "datamodule", None)
-        if datamodule is None:
-            msg = "Crr makes its anomalies while images are loaded: fit it with a datamodule, not with dataloaders."
-            raise ValueError(msg)
-        synthesis = AnomalySynthesis(**self.synthesis)
-        transform = getattr(pl_module.pre_processor, "transform", None)
-        transforms = transform.transforms if isinstance(transform, Compose) else [transform]
-        resize = transforms[0] if isinstance(transforms[0], Resize) else None
-        train_dataloader = datamodule.train_dataloader
-
-        def with_anomalies() -> DataLoader:
-            loader = train_dataloader()
-            if not isinstance(loader, DataLoader):
-                msg = f"Crr learns from one DataLoader, got {type(loader).__name__}."
-                raise TypeError(msg)
-            loader.collate_fn = WithAnomalies(loader.collate_fn, resize, synthesis)
-            return loader
-
-        datamodule.train_dataloader = with_anomalies
-        self.undo.append(lambda: delattr(datamodule, "train_dataloader"))
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have one bar for the fit in place of one for each epoch."""
-        del pl_module
-        shown = trainer.progress_bar_callback
-        if shown is not None:
-            shown.disable()
-            self.undo.append(shown.enable)
-            self.bar = tqdm(disable=not trainer.is_global_zero, dynamic_ncols=True)
-            self.undo.append(self.bar.close)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Crr, *args) -> None:
-        """Show how far the fit is, and end it."""
-        del args
-        steps, lengths = pl_module.model.steps, pl_module.lengths
-        stage = pl_module.current_stage
-        if self.bar is not None:
-            self.bar.total = sum(lengths)
-            if stage is not None:
-                self.bar.set_description(stage, refresh=False)
-            self.bar.update(sum(done for done, length in zip(steps, lengths, strict=True) if length) - self.bar.n)
-        if stage is None:
-            trainer.should_stop = True
-            if trainer.check_val_every_n_epoch is not None:
-                # The end is validated, and with that saved, whichever epoch it comes in.
-                every, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
-                self.undo.append(lambda: setattr(trainer, "check_val_every_n_epoch", every))
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave trainer and datamodule as they were."""
-        del trainer, pl_module, stage
-        while self.undo:
-            self.undo.pop()()
-        self.bar = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Likewise."""
-        del exception
-        self.teardown(trainer, pl_module, "")

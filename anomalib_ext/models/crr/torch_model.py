@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_ext.models.components.backbone import describe_vit
-from anomalib_ext.models.components.reverse_distillation import Teacher
-from anomalib_ext.models.components.training import check_images, check_scores
+from anomalib_ext.models.components.checks import check_images, check_scores
+from anomalib_ext.models.components.frozen_teacher import Teacher
 
 # Side in pixels of the maps that are fused, blurred and scored, and the number of pixels that make up the score.
 MAP_SIDE = 256
@@ -118,7 +118,7 @@ class CrrModel(nn.Module):
         return [mean[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, size).contiguous() for mean in means]
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
-        """Judge images.
+        """Score images.
 
         Args:
             images: Normalised images, shape ``(B, 3, H, W)``.
@@ -145,7 +145,7 @@ class CrrModel(nn.Module):
         return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
 
     def check(self, images: torch.Tensor) -> None:
-        """Refuse images that cannot be learned or judged.
+        """Refuse images that cannot be learned or scored.
 
         Raises:
             ValueError: If the shape does not fit, or a value is not finite.

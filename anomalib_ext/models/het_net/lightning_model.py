@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
@@ -16,13 +15,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from anomalib_ext.models.components.backbone import backbone_pre_processor
-from anomalib_ext.models.components.reverse_distillation import DistillationModule, check_save_teachers
+from anomalib_ext.models.components.frozen_teacher import FrozenTeacherModule, check_save_teachers
 
 from .loss import HetNetLoss
 from .torch_model import HetNetModel
 
 
-class HetNet(DistillationModule, AnomalibModule):
+class HetNet(FrozenTeacherModule, AnomalibModule):
     """Reverse distillation with a CNN and a transformer as teachers, and a second student that undoes noise.
 
     After Yu et al., arXiv 2506.16050, for products whose views, poses and light vary.
@@ -147,6 +146,6 @@ class HetNet(DistillationModule, AnomalibModule):
         """Give the memory of the noise back."""
         self.model.noise.clear()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Return the loss of both students."""
-        return self.learn(batch, batch_idx, lambda images: self.loss(*self.model(images)))
+    def training_loss(self, images: torch.Tensor) -> torch.Tensor:
+        """Loss of both students."""
+        return self.loss(*self.model(images))

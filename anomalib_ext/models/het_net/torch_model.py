@@ -10,14 +10,15 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_ext.models.components.backbone import backbone_normalization, describe_vit
+from anomalib_ext.models.components.checks import check_images
+from anomalib_ext.models.components.frozen_teacher import Teacher
 from anomalib_ext.models.components.reverse_distillation import (
+    LEVELS,
     MultiScaleFusion,
     Student,
-    Teacher,
     architecture,
-    check_images,
     check_size,
-    judge,
+    score,
 )
 
 from .noise import LocalGaussianNoise
@@ -73,7 +74,7 @@ class HetNetModel(nn.Module):
         self.backbone = backbone  # which Anomalib Studio shows
         self.score_from = score_from
         self.noise = LocalGaussianNoise(noise)
-        self.teacher = Teacher(backbone, pre_trained=pre_trained, backbone_weights=backbone_weights)
+        self.teacher = Teacher(backbone, LEVELS, pre_trained, backbone_weights)
         self.transformer = Teacher(transformer, [last], transformer_pre_trained, transformer_weights)
         self.patch_size: int = self.transformer.extractor.patch_size
         if input_size is not None:
@@ -111,7 +112,7 @@ class HetNetModel(nn.Module):
         clean = self._fuse(local, context)
         if not self.training:
             students = [getattr(self, name)(clean) for name in STUDENTS[self.score_from]]
-            return judge(images, local, students)
+            return score(images, local, students)
         # Apart from the clean ones, so that batch normalisation sees each on its own.
         noisy = clean if self.noise.noise == "none" else self._fuse(self.noise(local), context)
         return local, self.reconstruction(clean), self.denoising(noisy)

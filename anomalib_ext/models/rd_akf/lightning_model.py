@@ -4,7 +4,6 @@
 from pathlib import Path
 
 import torch
-from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
@@ -14,12 +13,12 @@ from torch import nn
 from torch.optim import Adam
 
 from anomalib_ext.models.components.backbone import backbone_pre_processor
-from anomalib_ext.models.components.reverse_distillation import DistillationModule, check_save_teachers
+from anomalib_ext.models.components.frozen_teacher import FrozenTeacherModule, check_save_teachers
 
 from .torch_model import RdAkfModel
 
 
-class RdAkf(DistillationModule, AnomalibModule):
+class RdAkf(FrozenTeacherModule, AnomalibModule):
     """Reverse distillation with asymptotic knowledge fusion (RD-AKF).
 
     After Zhao et al., DOI 10.19651/j.cnki.emt.2519279.
@@ -49,7 +48,7 @@ class RdAkf(DistillationModule, AnomalibModule):
     """
 
     model: RdAkfModel
-    sized = ("logits",)
+    map_sized = ("logits",)
 
     def __init__(
         self,
@@ -93,11 +92,7 @@ class RdAkf(DistillationModule, AnomalibModule):
         """Adam with the paper's learning rate, for fusion and student."""
         return Adam(self.trainable_parameters(), lr=1e-4)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Return the loss of reverse distillation."""
-
-        def loss(images: torch.Tensor) -> torch.Tensor:
-            teacher, student = self.model(images)
-            return self.loss([level.float() for level in teacher], [level.float() for level in student])
-
-        return self.learn(batch, batch_idx, loss)
+    def training_loss(self, images: torch.Tensor) -> torch.Tensor:
+        """Loss of reverse distillation."""
+        teacher, student = ([level.float() for level in maps] for maps in self.model(images))
+        return self.loss(teacher, student)

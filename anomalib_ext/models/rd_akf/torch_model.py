@@ -8,15 +8,16 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import nn
 
+from anomalib_ext.models.components.checks import check_images
+from anomalib_ext.models.components.frozen_teacher import Teacher
 from anomalib_ext.models.components.reverse_distillation import (
+    LEVELS,
     STRIDE,
     Student,
-    Teacher,
     architecture,
-    check_images,
     check_size,
-    judge,
     resize_block,
+    score,
 )
 
 # Channels of a level that its weights are computed from, as in AFPN's code.
@@ -50,7 +51,7 @@ class RdAkfModel(nn.Module):
         if input_size is not None:
             check_size(*input_size)
         self.backbone = backbone  # which Anomalib Studio shows
-        self.teacher = Teacher(backbone, pre_trained=pre_trained, backbone_weights=backbone_weights)
+        self.teacher = Teacher(backbone, LEVELS, pre_trained, backbone_weights)
         self.fusion = AsymptoticFusion(self.teacher.channels, input_size, weighting)
         self.student = Student(backbone, self.teacher.channels[-1])
 
@@ -64,9 +65,10 @@ class RdAkfModel(nn.Module):
             ValueError: If the images do not fit or are not finite.
         """
         check_images(images)
+        check_size(*images.shape[-2:])
         teacher = self.teacher(images)
         student = self.student(self.fusion(teacher))
-        return (teacher, student) if self.training else judge(images, teacher, [student])
+        return (teacher, student) if self.training else score(images, teacher, [student])
 
 
 class AsymptoticFusion(nn.Module):

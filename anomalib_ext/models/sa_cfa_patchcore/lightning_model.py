@@ -6,26 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from anomalib_ext.export import BundleContent, BundleExport, WholeGraph
+from anomalib_ext.export import BundleContent, WholeGraph
 from anomalib_ext.models.components.backbone import backbone_pre_processor
-from anomalib_ext.models.components.training import InspectionModule, check_files
+from anomalib_ext.models.components.patchcore import PatchCoreModule
 
 from .torch_model import SaCfaPatchCoreModel
 
 logger = logging.getLogger(__name__)
 
 
-class SaCfaPatchCore(BundleExport, InspectionModule, AnomalibModule):
+class SaCfaPatchCore(PatchCoreModule, AnomalibModule):
     """PatchCore with self-attention over deep features (SA) and channel aggregation (CFA).
 
     After Li Bing et al., DOI 10.19651/j.cnki.emt.2518329. With ``attention_ratio=0`` and ``reduction_ratio=1`` it is
@@ -114,20 +111,6 @@ class SaCfaPatchCore(BundleExport, InspectionModule, AnomalibModule):
         """
         return backbone_pre_processor(backbone, image_size)
 
-    @staticmethod
-    def configure_post_processor() -> PostProcessor:
-        """Anomalib's own."""
-        return PostProcessor()
-
-    @staticmethod
-    def configure_optimizers() -> None:
-        """Nothing is optimised."""
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """One pass over the images on one device."""
-        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
-
     def bundle_content(self, size: tuple[int, int]) -> BundleContent:
         """What the model brings to its bundle; nothing in it depends on the size of the images."""
         del size
@@ -147,18 +130,14 @@ class SaCfaPatchCore(BundleExport, InspectionModule, AnomalibModule):
         self.model.embedding_store.clear()  # a fit that failed may have left some
         self.model.is_selected = True
 
-    def training_step(self, batch: ImageBatch, *args, **kwargs) -> torch.Tensor:
+    def learn_batch(self, batch: ImageBatch) -> None:
         """Collect the embeddings of a batch of normal images."""
-        del args, kwargs
         assert batch.image is not None
-        check_files(batch.image_path)
         self.model.collect(batch.image)
-        # Lightning wants a loss.
-        return torch.tensor(0.0, requires_grad=True, device=self.device)
 
     def on_validation_start(self) -> None:
         """Select from what the epoch has seen so far; Lightning validates before the epoch ends."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self._is_fitting:
             self._select()
 
     def on_train_epoch_end(self) -> None:

@@ -240,12 +240,7 @@ class SaCfaPatchCoreModel(DynamicBufferMixin, nn.Module):
             RuntimeError: If nothing was learned yet.
             ValueError: If an image gives scores that are not finite.
         """
-        if not len(self.memory_bank):
-            msg = (
-                "The memory bank is empty, so nothing can be judged. Learn normal images first (Engine.fit), or load "
-                "a checkpoint (--ckpt_path)."
-            )
-            raise RuntimeError(msg)
+        patchcore.check_learned(len(self.memory_bank), "Engine.fit")
         embedding = self.embed(images)
         height, width = embedding.shape[1:3]
         patches = embedding.flatten(1, 2)
@@ -258,16 +253,7 @@ class SaCfaPatchCoreModel(DynamicBufferMixin, nn.Module):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings of shape ``(B, h, w, D_r)``, in float32, for images of shape ``(B, 3, H, W)``."""
-        # The length last: asking for it while a model is exported would fix the batch size.
-        if not torch.compiler.is_compiling() and images.device.type == "cpu" and len(images) > 1:
-            # The feature maps of a batch do not stay in a CPU's cache: one by one takes half the time.
-            return torch.cat([self.embed(image) for image in images.split(1)])
-        if self.tiler:
-            images = self.tiler.tile(images)
-        embedding = self.embedding(images)
-        if self.tiler:
-            embedding = self.tiler.untile(embedding)
-        return embedding.permute(0, 2, 3, 1).float().contiguous()  # norms are taken faster
+        return patchcore.embed(images, self.embedding, self.tiler).contiguous()  # norms are taken faster
 
     @torch.no_grad()
     def collect(self, images: torch.Tensor) -> None:

@@ -22,7 +22,9 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 from torchvision.tv_tensors import Image
 
 from anomalib_ext.models import Crr
-from anomalib_ext.models.crr.lightning_model import WithAnomalies
+from anomalib_ext.models.crr import lightning_model
+from anomalib_ext.models.crr.anomalous_batches import WithAnomalies
+from anomalib_ext.models.crr.loss import repair_loss, segment_loss
 
 Make = Callable[..., Any]
 SIDE = 64
@@ -88,7 +90,7 @@ def test_repair_loss_is_mined_apart_for_each_term(monkeypatch: pytest.MonkeyPatc
         for e, leaf in zip(encoded, leaves, strict=True):
             leaf[2:] = e[:2] + 3 * torch.randn(2, 8, 5, 5)
     monkeypatch.setattr(crr.model, "reconstruct", lambda _: (encoded, [leaf * 1 for leaf in leaves]))
-    loss = crr.repair_loss(torch.zeros(2, 3, SIDE, SIDE), torch.zeros(2, 3, SIDE, SIDE))
+    loss = repair_loss(crr.model, torch.zeros(2, 3, SIDE, SIDE), torch.zeros(2, 3, SIDE, SIDE))
     loss.backward()
 
     expected = 0
@@ -113,12 +115,30 @@ def test_segment_loss_is_the_focal_loss(monkeypatch: pytest.MonkeyPatch) -> None
     masks = torch.zeros(2, SIDE, SIDE, dtype=torch.uint8)
     masks[0, 10:30, 20:25] = 1
     masks[1, 40:, :7] = 1
-    loss = crr.segment_loss(torch.rand(2, 3, SIDE, SIDE), masks)
+    loss = segment_loss(crr.model, torch.rand(2, 3, SIDE, SIDE), masks)
     anomalous = F.interpolate(masks[:, None].float(), scale_factor=4, mode="bilinear")[:, 0] >= 0.5
     assert (anomalous.float().mean() - masks.float().mean()).abs() < 1e-3
     p_t = torch.where(anomalous, logits.softmax(1)[:, 1], logits.softmax(1)[:, 0])
     p_t = p_t + 1e-5 * (2 - 2 * p_t)  # labels and probabilities are smoothed
     torch.testing.assert_close(loss, (-((1 - p_t) ** 2) * p_t.log()).mean())
+
+
+def test_the_head_learns_from_the_images_with_anomalies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of half of the batch, with their own masks."""
+    crr = make_crr()
+    crr.model.steps = [4, 0]
+    seen = []
+    monkeypatch.setattr(lightning_model, "segment_loss", lambda *args: seen.append(args) or torch.zeros(()))
+    monkeypatch.setattr(crr, "_learn_from", lambda *_: None)
+    monkeypatch.setattr(crr, "log", lambda *_, **__: None)
+    clean, anomalous = torch.rand(4, 3, SIDE, SIDE), torch.rand(4, 3, SIDE, SIDE)
+    masks = torch.randint(2, (4, SIDE, SIDE), dtype=torch.uint8)
+    batch = ImageBatch(image=torch.cat([clean, anomalous]), gt_mask=torch.cat([torch.zeros_like(masks), masks]))
+    crr.training_step(batch, 0)
+    ((model, images, given),) = seen
+    assert model is crr.model
+    assert torch.equal(images, anomalous[:2])
+    assert torch.equal(given, masks[:2])
 
 
 def test_optimizers() -> None:
@@ -260,11 +280,10 @@ def test_the_stages_one_by_one(
 def test_repair_off(make_data: Make, make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the first stage sees clean images only, and alone it makes no anomalies; another end is told."""
     seen = []
-    reconstruct = Crr.repair_loss
     monkeypatch.setattr(
-        Crr,
+        lightning_model,
         "repair_loss",
-        lambda self, clean, anomalous=None: seen.append((len(clean), anomalous)) or reconstruct(self, clean, anomalous),
+        lambda model, clean, anomalous: seen.append((len(clean), anomalous)) or repair_loss(model, clean, anomalous),
     )
     missing = {"texture_dir": "missing"}
     data = make_data(train_batch_size=10)

@@ -12,6 +12,7 @@ from anomalib.models.image.dinomaly import torch_model as dinomaly
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_ext.models import Crr
+from anomalib_ext.models.crr.loss import repair_loss
 from anomalib_ext.models.crr.torch_model import CrrModel, RandomMask, SegmentationHead, encoder_layers
 
 make_model = partial(CrrModel, "test_vit", pre_trained=False, head_width=8)
@@ -159,7 +160,7 @@ def test_it_is_dinomaly_without_repair_mask_and_head(monkeypatch: pytest.MonkeyP
     images = torch.randn(2, 3, 256, 256)
 
     ours.steps = [700, 0]
-    loss = crr.repair_loss(images)
+    loss = repair_loss(ours, images)
     expected = theirs.train()(images, global_step=700)
     torch.testing.assert_close(loss, expected)
     loss.backward()
