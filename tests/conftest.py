@@ -88,7 +88,7 @@ def make_model() -> Callable[..., Any]:
 
     def make(**kwargs: Any) -> ContinualPatchCore:  # noqa: ANN401
         pre_processor = ContinualPatchCore.configure_pre_processor((SIDE, SIDE))
-        defaults = {"pre_processor": pre_processor, "visualizer": False, "memory_size": 400, "one_shot": False}
+        defaults = {"pre_processor": pre_processor, "visualizer": False, "memory_size": 400, "few_shot_views": False}
         return ContinualPatchCore(**{**defaults, **kwargs})
 
     return make

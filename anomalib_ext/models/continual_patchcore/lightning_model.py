@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from anomalib.data import Batch, ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
@@ -22,7 +21,6 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from numpy.typing import NDArray
 from torch import nn
 
 from anomalib_ext.data import MultiCategory
@@ -31,14 +29,14 @@ from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.checks import check_files
 from anomalib_ext.models.components.patchcore import PatchCoreModule
 from anomalib_ext.models.components.training import UnreadableImages
-from openvino_export.images import check_values, load
-from openvino_export.memory.guard import SUSPICION, excess
-from openvino_export.memory.thresholds import calibrated, calibration_patches, thresholds
-from openvino_export.memory.update import Report
+from openvino_export.memory.update import Report, Update
 
 from .graph import bundle_content
+from .learning import add_images, image_thresholds, named_images
+from .metrics import memory_metrics
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
+from .validation import ValidatedImages
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +83,6 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
     """
 
     model: ContinualPatchCoreModel
-    # Of validation images by variant: patches that give the score, and whether the image is anomalous.
-    _validation: dict[str, list[tuple[NDArray[np.float32], bool]]]
 
     def __init__(
         self,
@@ -131,7 +127,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         self.few_shot_views = few_shot_views
         self.variant = variant
         self.last_report: Report | None = None
-        self._validation = {}
+        self._validated = ValidatedImages()
 
     @staticmethod
     def configure_pre_processor(
@@ -182,49 +178,25 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
 
         Raises:
             TypeError: If something else than that is given.
-            ValueError: If an image is unreadable, too small, of unsuitable depth or not finite.
+            FileNotFoundError: If there is no such file.
+            ValueError: If there are no images, or one is unreadable, too small, of unsuitable depth or not finite.
         """
-        items = _checked(images)
-        variant = self.variant if variant is None else variant
-        was_training = self.training
+        named = named_images(images)
+        before, was_training = self.model.update, self.training
         self.eval()
         try:
-            self._add(items, variant, hold_back)
+            # As a trainer does it; the pre-processor's own call is for exported models, and resizes less smoothly.
+            prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
+            update = self.model.begin_update(self.few_shot_views)
+            limits = image_thresholds(self.model.bank, self.post_processor) if hold_back else None
+            add_images(update, self.model, named, prepare, self.variant if variant is None else variant, limits)
             report = self._commit()
         except BaseException:
-            self._drop()
+            self._drop_update(before)
             raise
         finally:
             self.train(was_training)
         return report
-
-    def _add(self, items: Sequence[torch.Tensor | str | Path], variant: str | None, hold_back: bool) -> None:
-        """Begin an update with images."""
-        update = self.model.begin_update(self.few_shot_views)
-        limits = self._image_thresholds() if hold_back else {}
-        # As a trainer does it; the pre-processor's own call is for exported models, and resizes less smoothly.
-        prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
-        for number, item in enumerate(items, 1):  # one by one, for they may be many and differ in size
-            image = item if isinstance(item, torch.Tensor) else torch.from_numpy(load(item))
-            prepared = _to_array(prepare(image[None].to(self.device)))
-            multiple = self._excess(prepared, variant, limits) if hold_back else 0.0
-            if multiple > SUSPICION:
-                name = f"image {number}" if isinstance(item, torch.Tensor) else str(item)
-                update.report.held_back[name] = multiple
-            else:
-                update.add(prepared, variant)
-
-    def _excess(self, image: NDArray[np.float32], variant: str | None, limits: Mapping[str, float]) -> float:
-        """Score of an image of shape ``(1, 3, H, W)`` as a multiple of the threshold of its variant."""
-        embedding = self.model.embed_arrays(image)
-        return excess(embedding.reshape(-1, embedding.shape[-1]), variant, self.model.bank, limits)
-
-    def _image_thresholds(self) -> dict[str, float]:
-        """Threshold of the raw image scores of each variant, as it is judged by."""
-        names = list(self.model.bank.variants)
-        if isinstance(self.post_processor, VariantPostProcessor):
-            return dict(zip(names, self.post_processor.image_thresholds(len(names)), strict=True))
-        return {name: thresholds(self.model.bank, name)["image"][0] for name in names}
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, and one for what fails."""
@@ -238,53 +210,37 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         """Learn a batch of normal images."""
         assert batch.image is not None
         assert self.model.update is not None
-        labels, images = self._labels(batch), _to_array(batch.image)
+        labels, images = self._labels(batch), batch.image.detach().float().cpu().numpy()
         for label in dict.fromkeys(labels):
             self.model.update.add(images[[other == label for other in labels]], label)
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""
-        self._validation = {}
-        update = self.model.update
-        if update is not None:
-            update.flush()
-        self.model.refresh(self.model.bank if update is None else update.bank)
+        self._validated = ValidatedImages()
+        if self.model.update is not None:
+            self.model.update.flush()
+        self.model.refresh()
 
     def on_train_epoch_end(self) -> None:
         """Bring the epoch's images into the bank and report."""
         report = self._commit()
-        values = {
-            "vectors": report.num_vectors,
-            "radius_bound": report.radius_bound,
-            "bytes": report.nbytes,
-            "seconds": report.seconds,
-            "known_images": report.known_images,
-            **{f"images/{name}": count for name, count in report.variants.items()},
-            **{f"added/{name}": count for name, count in report.added.items()},
-            **{f"removed/{name}": count for name, count in report.removed.items()},
-        }
-        for name, variant in self.model.bank.variants.items():
-            values[f"share/{name}"] = len(variant.radii) / report.num_vectors
-            for kind, (threshold, _, _) in thresholds(self.model.bank, name).items():
-                if not np.isnan(threshold):  # as that of pixels, without masks
-                    values[f"{kind}_threshold/{name}"] = threshold
-        shown = {"vectors", "radius_bound"}
-        for name, value in values.items():
-            self.log(f"memory/{name}", float(value), prog_bar=name in shown)
+        for name, value in memory_metrics(report, self.model.bank).items():
+            self.log(name, value, prog_bar=name in {"memory/vectors", "memory/radius_bound"})
 
     def _commit(self) -> Report:
         """Bring what was learned into the bank, with thresholds, and report it."""
-        report = self.model.commit_update()
-        self._refresh_thresholds()
+        assert self.model.update is not None
+        report = self.model.update.commit()
+        self._refresh()  # what fails until here is undone by dropping the update
+        self.model.end_update()
         logger.info("%s", report)
         self.last_report = report
         return report
 
-    def _drop(self) -> None:
-        """Forget what was learned since the beginning of an update that is under way."""
-        if self.model.update is not None:
-            self.model.drop_update()
-            self._refresh_thresholds()
+    def _drop_update(self, before: Update | None = None) -> None:
+        """Forget the update that is under way, for the one before it if there was one."""
+        self.model.update = before
+        self._refresh()
 
     def _labels(self, batch: Batch) -> list[str | None]:
         """Name of the variant of each image; None where it is to be found."""
@@ -298,25 +254,16 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
 
     def on_validation_epoch_end(self) -> None:
         """Keep what sets the thresholds of the variants that were validated."""
-        if not self._validation:
-            return
-        model, last = self.model, self.post_processor
-        pixel = (float("nan"),) * 3
+        pixel, last = (float("nan"),) * 3, self.post_processor
         if isinstance(last, VariantPostProcessor):
             pixel = (float(last.pixel_threshold), float(last.pixel_min), float(last.pixel_max))
-        for name, images in self._validation.items():
-            kept = np.stack([patches for patches, _ in images])
-            labels = np.array([label for _, label in images])
-            if model.update is not None:
-                model.update.calibrate(name, kept, labels, pixel)
-                continue
-            model.bank = calibrated(model.bank, name, kept, labels, pixel)
-            if model.interrupted is not None and name in model.interrupted.bank.variants:
-                model.interrupted.calibrate(name, kept, labels, pixel)
-        model.refresh(model.bank if model.update is None else model.update.bank)
-        self._refresh_thresholds()
+        for name, patches, labels in self._validated:
+            self.model.calibrate(name, patches, labels, pixel)
+        self._refresh()
 
-    def _refresh_thresholds(self) -> None:
+    def _refresh(self) -> None:
+        """Judge by the bank, or the update, as it is now."""
+        self.model.refresh()
         if isinstance(self.post_processor, VariantPostProcessor):
             self.post_processor.refresh(self.model.searched)
 
@@ -333,10 +280,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         found = [names[i] for i in cast("Any", batch).variant.tolist()]
         variants = [label or other for label, other in zip(self._labels(batch), found, strict=True)]
         arrays = (embedding.flatten(1, 2).cpu().numpy(), scores.cpu().numpy())
-        for name, label, patches, distances in zip(variants, batch.gt_label.tolist(), *arrays, strict=True):
-            if name in bank.variants:
-                kept = calibration_patches(bank, name, patches, distances)
-                self._validation.setdefault(name, []).append((kept, bool(label)))
+        self._validated.add(bank, variants, batch.gt_label.tolist(), *arrays)
         return batch
 
     def _score(self, batch: Batch) -> Batch:
@@ -372,17 +316,18 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
         """Load weights and bank, or nothing if they do not fit; thresholds follow from the bank."""
         before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
-        known = self.model.bank, self.model.interrupted
+        model = self.model
+        known = model.bank, model.update, model.interrupted
         self._read_bank(state_dict)  # first, for differing shapes of the backbone would hide the reason
         try:
             result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         except Exception:
             for tensor, value in before:
                 tensor.data.copy_(value)
-            self.model.bank, self.model.interrupted = known
-            self.model.refresh(self.model.bank)
+            model.bank, model.update, model.interrupted = known
+            model.refresh()
             raise
-        self._refresh_thresholds()
+        self._refresh()
         return result
 
     def _read_bank(self, state_dict: Mapping[str, Any]) -> None:
@@ -402,32 +347,5 @@ class _AfterException(UnreadableImages):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop the update and explain."""
         if trainer.state.fn == TrainerFn.FITTING and isinstance(pl_module, ContinualPatchCore):
-            pl_module._drop()  # noqa: SLF001  # its own module
+            pl_module._drop_update()  # noqa: SLF001  # its own module
         super().on_exception(trainer, pl_module, exception)
-
-
-def _checked(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[torch.Tensor] | list[str | Path]:
-    """Images of shape ``(3, H, W)`` in [0, 1], or the paths of images."""
-    if not isinstance(images, torch.Tensor):
-        items = [images] if isinstance(images, str | Path) else list(images)
-        if not items:
-            msg = "There are no images to learn."
-            raise ValueError(msg)
-        wrong = [type(item).__name__ for item in items if not isinstance(item, str | Path)]
-        if wrong:
-            msg = f"Images must be paths, or one tensor of shape (B, 3, H, W); got a list with {wrong[0]} in it."
-            raise TypeError(msg)
-        return items
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        msg = f"Images must be floats of shape (B, 3, H, W), got {images.dtype} of {tuple(images.shape)}."
-        raise ValueError(msg)
-    if not len(images):
-        msg = "There are no images to learn."
-        raise ValueError(msg)
-    for number, image in enumerate(images.float(), 1):
-        check_values(image.cpu().numpy(), f"image {number}")
-    return list(images.float())
-
-
-def _to_array(images: torch.Tensor) -> NDArray[np.float32]:
-    return images.detach().float().cpu().numpy()

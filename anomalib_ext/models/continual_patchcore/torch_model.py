@@ -18,7 +18,8 @@ from anomalib_ext.models.components.backbone import load_backbone
 from openvino_export.bundle.constants import bank_tables
 from openvino_export.memory import state
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.update import Report, Update
+from openvino_export.memory.thresholds import calibrated
+from openvino_export.memory.update import Update
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
@@ -50,10 +51,10 @@ class ContinualPatchCoreModel(nn.Module):
 
     Attributes:
         bank: What was learned; all other state is derived from it.
-        update: The update that is under way, if there is one.
+        update: The update that is under way, if there is one; None forgets it.
         interrupted: An update that a checkpoint was saved in the middle of, once that is loaded. The next update goes
             on with it, as if there had been no interruption.
-        searched: The bank that images are judged by: :attr:`bank`, while an update is validated that of the update.
+        searched: The bank that images are judged by since :meth:`refresh`.
     """
 
     memory_bank: torch.Tensor
@@ -86,7 +87,7 @@ class ContinualPatchCoreModel(nn.Module):
         self.feature_pooler = nn.AvgPool2d(3, 1, 1)
         for name in ("memory_bank", "squares", "owners", "positions"):
             self.register_buffer(name, torch.empty(0), persistent=False)
-        self.refresh(self.bank)
+        self.refresh()
 
     # Anomalib's own, which reads the layers.
     generate_embedding = PatchcoreModel.generate_embedding
@@ -167,32 +168,40 @@ class ContinualPatchCoreModel(nn.Module):
     # Learning
 
     def begin_update(self, few_shot_views: bool) -> Update:
-        """Begin an update, or go on with the one that was interrupted; :attr:`update` until it is committed.
+        """Begin an update, or go on with one that is under way or was interrupted.
+
+        It is :attr:`update` until :meth:`end_update`.
 
         Args:
             few_shot_views: Whether few images of a variant are learned with augmented views of them.
         """
-        known: MemoryBank | Update = self.bank if self.interrupted is None else self.interrupted
-        self.update = _continued(known, self.embed_arrays, few_shot_views)
+        self.update = _continued(self.update or self.interrupted or self.bank, self.embed_arrays, few_shot_views)
         return self.update
 
-    def commit_update(self) -> Report:
-        """Bring the update into the bank; it is what is judged by from now on."""
+    def end_update(self) -> None:
+        """Make what the update has committed the model's own."""
         assert self.update is not None
-        report = self.update.commit()
         self.bank, self.update, self.interrupted = self.update.bank, None, None
-        self.refresh(self.bank)
-        return report
 
-    def drop_update(self) -> None:
-        """Forget an update that is under way."""
-        self.update = None
-        self.refresh(self.bank)
+    def calibrate(
+        self,
+        variant: str,
+        patches: NDArray[np.float32],
+        labels: NDArray[np.bool_],
+        pixel: tuple[float, float, float],
+    ) -> None:
+        """Let validation images set the thresholds of a variant, as :func:`calibrated` does."""
+        if self.update is not None:
+            self.update.calibrate(variant, patches, labels, pixel)
+            return
+        self.bank = calibrated(self.bank, variant, patches, labels, pixel)
+        if self.interrupted is not None and variant in self.interrupted.bank.variants:
+            self.interrupted.calibrate(variant, patches, labels, pixel)
 
-    def refresh(self, bank: MemoryBank) -> None:
-        """Search in a bank from now on."""
-        self.searched = bank
-        tables = bank_tables(bank, sum(self.feature_extractor.out_dims), len(bank.variants))
+    def refresh(self) -> None:
+        """Judge from now on by the bank as it is, during an update by that of the update."""
+        self.searched = self.bank if self.update is None else self.update.bank
+        tables = bank_tables(self.searched, sum(self.feature_extractor.out_dims), len(self.searched.variants))
         device = self.memory_bank.device
         tensors = (torch.from_numpy(table).to(device) for table in tables.values())
         self.memory_bank, self.squares, self.owners, self.positions = tensors
@@ -219,7 +228,7 @@ class ContinualPatchCoreModel(nn.Module):
                 "The checkpoint's memory_size %d and precision %s are used, not %d and %s.",
                 *(self.bank.size, self.bank.dtype, own.size, own.dtype),
             )
-        self.refresh(self.bank)
+        self.refresh()
 
     def read_state(self, saved: dict[str, Any]) -> Update:
         """What is known, and maybe on its way, of a state that :meth:`get_extra_state` gave.

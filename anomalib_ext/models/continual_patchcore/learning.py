@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning without a trainer: which images can be learned, and how they come into an update."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from openvino_export.decision import check_finite
+from openvino_export.images import check_values, load
+from openvino_export.memory.guard import SUSPICION, excess
+from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.thresholds import thresholds
+from openvino_export.memory.update import Update
+
+from .post_processor import VariantPostProcessor
+from .torch_model import ContinualPatchCoreModel
+
+Image: TypeAlias = torch.Tensor | str | Path
+
+
+def named_images(images: torch.Tensor | str | Path | Sequence[str | Path]) -> list[tuple[str, Image]]:
+    """Images with the names by which messages and reports call them. Files are not read yet.
+
+    Args:
+        images: RGB images of shape ``(B, 3, H, W)`` in [0, 1], or the path of an image, or several.
+
+    Returns:
+        For each its name, and a float32 image of shape ``(3, H, W)`` or a path.
+
+    Raises:
+        TypeError: If something else than that is given.
+        ValueError: If there are no images, or a tensor holds what cannot be learned.
+    """
+    named: list[tuple[str, Image]] = []
+    if isinstance(images, torch.Tensor):
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            msg = f"Images must be floats of shape (B, 3, H, W), got {images.dtype} of {tuple(images.shape)}."
+            raise ValueError(msg)
+        for number, image in enumerate(images.float(), 1):
+            check_values(image.cpu().numpy(), f"image {number}")
+            named.append((f"image {number}", image))
+    else:
+        paths = [images] if isinstance(images, str | Path) else list(images)
+        wrong = [type(path).__name__ for path in paths if not isinstance(path, str | Path)]
+        if wrong:
+            msg = f"Images must be paths, or one tensor of shape (B, 3, H, W); got a list with {wrong[0]} in it."
+            raise TypeError(msg)
+        named += [(str(path), path) for path in paths]
+    if not named:
+        msg = "There are no images to learn."
+        raise ValueError(msg)
+    return named
+
+
+def image_thresholds(bank: MemoryBank, post_processor: nn.Module | None) -> dict[str, float]:
+    """Threshold of the raw image scores of each variant: the post-processor's, if it has them, or else the bank's."""
+    names = list(bank.variants)
+    if isinstance(post_processor, VariantPostProcessor):
+        return dict(zip(names, post_processor.image_thresholds(len(names)), strict=True))
+    return {name: thresholds(bank, name)["image"][0] for name in names}
+
+
+def add_images(
+    update: Update,
+    model: ContinualPatchCoreModel,
+    images: Iterable[tuple[str, Image]],
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    variant: str | None = None,
+    limits: Mapping[str, float] | None = None,
+) -> None:
+    """Add images to an update.
+
+    Args:
+        update: The update.
+        model: The model that it is of.
+        images: What :func:`named_images` gave.
+        prepare: Resizes and normalises images of shape ``(1, 3, H, W)``.
+        variant: Name of their variant; found for each image if not given.
+        limits: What :func:`image_thresholds` gave. Images far above the threshold of their variant are held back, and
+            the report of the update names them; without limits, all are learned.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If an image is unreadable, too small, of unsuitable depth or not finite.
+    """
+    device = next(model.parameters()).device
+    for name, item in images:  # one by one, for they may be many and differ in size
+        image = item if isinstance(item, torch.Tensor) else torch.from_numpy(load(item))
+        prepared = prepare(image[None].to(device)).detach().float().cpu().numpy()
+        patches = None
+        if limits is not None:
+            embedding = model.embed_arrays(prepared)
+            patches = embedding.reshape(1, -1, embedding.shape[-1])
+            check_finite(patches, name)
+            multiple = excess(patches[0], variant, model.bank, limits)
+            if multiple > SUSPICION:
+                update.report.held_back[name] = multiple
+                continue
+        update.add(prepared, variant, patches=patches)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What loggers get of an update."""
+
+import math
+
+from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.thresholds import thresholds
+from openvino_export.memory.update import Report
+
+
+def memory_metrics(report: Report, bank: MemoryBank) -> dict[str, float]:
+    """The numbers of a report, and share of the budget and thresholds of each variant.
+
+    Args:
+        report: What the update did.
+        bank: What it led to.
+
+    Returns:
+        Values by name, such as ``memory/vectors`` and ``memory/share/<variant>``. Thresholds that are not known, as
+        that of pixels without masks, are left out.
+    """
+    values: dict[str, float] = {
+        "vectors": report.num_vectors,
+        "radius_bound": report.radius_bound,
+        "bytes": report.nbytes,
+        "seconds": report.seconds,
+        "known_images": report.known_images,
+        **{f"images/{name}": count for name, count in report.variants.items()},
+        **{f"added/{name}": count for name, count in report.added.items()},
+        **{f"removed/{name}": count for name, count in report.removed.items()},
+    }
+    for name, variant in bank.variants.items():
+        values[f"share/{name}"] = len(variant.radii) / report.num_vectors
+        for kind, (threshold, _, _) in thresholds(bank, name).items():
+            values[f"{kind}_threshold/{name}"] = threshold
+    return {f"memory/{name}": float(value) for name, value in values.items() if not math.isnan(value)}
