@@ -13,12 +13,15 @@ COMMANDS = {
     "report": ("anomalib_ext.report:report", "Write a page about a stream that was learned."),
     "finetune": ("anomalib_ext.finetune:finetune", "Fine-tune a backbone as a classifier."),
     "benchmark": ("anomalib_ext.benchmark:benchmark", "Compare learners on streams of products."),
+    "parity": ("anomalib_ext.parity:parity", "Compare an edge bundle with the checkpoint that it was exported from."),
     "compare": ("anomalib_ext.benchmark:compare", "Print results of `anomalib benchmark` beside published figures."),
 }
+# Those whose required arguments are given by position, as in `anomalib-edge`.
+POSITIONAL = {"report", "parity"}
 
 
-def main() -> None:
-    """Run a subcommand."""
+def main() -> int:
+    """Run a subcommand and return its exit code, 0 unless it gives one."""
     parser = ArgumentParser("anomalib-ext", epilog="What one model does on one data set is done by `anomalib`.")
     subcommands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, does) in COMMANDS.items():
@@ -39,5 +42,6 @@ def main() -> None:
         raise SystemExit(msg) from error
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    # The folder is all that `report` needs.
-    auto_cli(command, arguments, as_positional=known.command == "report", prog=f"anomalib-ext {known.command}")
+    by_position = known.command in POSITIONAL
+    result = auto_cli(command, arguments, as_positional=by_position, prog=f"anomalib-ext {known.command}")
+    return result if isinstance(result, int) else 0

@@ -4,6 +4,7 @@
 import faulthandler
 import os
 import random
+import shutil
 
 # Before anything reads them. For so little work, threads cost more than they give.
 os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
@@ -104,3 +105,25 @@ def make_engine(tmp_path: Path) -> Callable[..., Any]:
         return Engine(**{**defaults, "enable_model_summary": False, **kwargs})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(make_model: Callable[..., Any], products: Path) -> Any:  # noqa: ANN401
+    """Return a model of one product; tests that change it take a copy."""
+    model = make_model()
+    model.partial_fit(sorted((products / "stripes" / "train" / "good").iterdir()), "stripes")
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def exported(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ANN401
+    """Return its bundle, which is not to be changed."""
+    from anomalib.engine import Engine
+
+    return Path(Engine(logger=False).export(trained, "openvino", tmp_path_factory.mktemp("export"))).parent
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    """Return a copy of the bundle."""
+    return Path(shutil.copytree(exported, tmp_path / "bundle"))

@@ -1,40 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bundles of a small model, exported once and copied for each test."""
+"""Images of the small products, and the bundle of a model without a bank."""
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-
-from anomalib_ext.models import ContinualPatchCore
-
-Make = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def trained(make_model: Make, products: Path) -> ContinualPatchCore:
-    """Return a model of one product; tests that change it take a copy."""
-    model = make_model()
-    model.partial_fit(sorted((products / "stripes" / "train" / "good").iterdir()), "stripes")
-    return model.eval()
-
-
-@pytest.fixture(scope="session")
-def exported(trained: ContinualPatchCore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return its bundle, which is not to be changed."""
-    from anomalib.engine import Engine
-
-    return Path(Engine(logger=False).export(trained, "openvino", tmp_path_factory.mktemp("export"))).parent
-
-
-@pytest.fixture
-def bundle(exported: Path, tmp_path: Path) -> Path:
-    """Return a copy of the bundle."""
-    return Path(shutil.copytree(exported, tmp_path / "bundle"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands about what a bundle knows: ``learn``, ``info`` and ``undo``."""
+
+import json
+import sys
+from pathlib import Path
+
+from openvino_export.cli.output import ANOMALOUS, GOOD, print_line, progress
+
+
+def learn(
+    bundle: str,
+    source: str,
+    variant: str | None = None,
+    force: bool = False,
+    device: str = "CPU",
+) -> int:
+    """Learn good images, and save what was learned in the bundle.
+
+    A kill at any moment leaves the bundle as it was or as it is to be. Images that look anomalous are held back and
+    named. Exits with 0 if all were learned, with 3 if some were held back, with 1 on errors, when nothing was learned.
+
+    Args:
+        bundle: Folder that the export to openvino has written.
+        source: Good image, or folder of good images.
+        variant: Name of the product variant that they show; found for each image if not given.
+        force: Learn images that look anomalous as well.
+        device: Device of OpenVINO.
+    """
+    from openvino_export.cli.sources import image_paths
+    from openvino_export.detector import EdgeDetector
+
+    detector = EdgeDetector(bundle, device)
+    paths = image_paths(Path(source))
+    with progress("looked at", len(paths)) as show:
+        learned = detector.learn(paths, variant, force=force, progress=show)
+    detector.save()
+    report = learned.report
+    print_line({
+        "learned": dict(report.variants),
+        "known_images": report.known_images,
+        "held_back": learned.held_back,
+        "vectors": report.num_vectors,
+        "radius_bound": report.radius_bound,
+    })
+    for name, excess in learned.held_back.items():
+        text = f"{name} was not learned: it scores {excess:.1f} times the threshold. If it is good, add --force true."
+        print(text, file=sys.stderr)
+    return ANOMALOUS if learned.held_back else GOOD
+
+
+def info(bundle: str) -> int:
+    """Show what a bundle is and knows, as JSON.
+
+    Args:
+        bundle: Folder that the export to openvino has written.
+    """
+    from openvino_export.detector import EdgeDetector
+
+    print(json.dumps(EdgeDetector(bundle).info(), indent=2))
+    return GOOD
+
+
+def undo(bundle: str) -> int:
+    """Bring back the bundle as it was before the last learning; a second time, bring the learning back.
+
+    Args:
+        bundle: Folder that the export to openvino has written.
+    """
+    from openvino_export.bundle import folder
+
+    folder.undo(bundle)
+    print_line({"variants": folder.read(bundle).metadata["variants"]})
+    return GOOD

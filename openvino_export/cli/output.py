@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all commands give: an exit code, JSON lines, and a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from openvino_export.detector import Prediction
+
+# Exit codes; 2 is that of wrong arguments. `learn` gives the last for images held back, `parity` for a difference.
+GOOD, ERROR, ANOMALOUS = 0, 1, 3
+
+
+def print_line(content: dict[str, Any]) -> None:
+    """Print one line of JSON, in place of the progress bar."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    print(json.dumps(content), flush=True)
+
+
+def prediction_line(
+    result: Prediction, name: str, image: Path | NDArray[np.uint8], output: str | None
+) -> dict[str, Any]:
+    """Content of the line about an image; its heat map is written as well if there is a folder for it.
+
+    Args:
+        result: What was said about the image.
+        name: Path of the image relative to its source, or the name of a frame.
+        image: Path or RGB pixels of 8 bits.
+        output: Folder for heat maps; none is written without it.
+    """
+    line = {
+        "source": result.source or name,
+        "pred_label": result.pred_label,
+        "pred_score": round(result.pred_score, 6),
+        "variant": result.variant,
+    }
+    if output is not None:
+        from openvino_export.cli.overlay import write_overlay
+
+        target = Path(output) / (name if name.endswith(".png") else f"{name}.png")
+        write_overlay(result, image, target)
+        line["overlay"] = str(target)
+    return line
+
+
+@contextmanager
+def progress(done: str, total: int | None) -> Generator[Callable[[int], None], None, None]:
+    """Show on a terminal how many images are done.
+
+    Args:
+        done: What is done with images, such as "learned".
+        total: Number of images, if it is known; of a single one, nothing is shown.
+
+    Yields:
+        A function that takes the number of images done so far.
+    """
+    stream: TextIO = sys.stderr
+    is_shown = stream.isatty() and (total is None or total > 1)
+    start = time.monotonic()
+
+    def show(number: int) -> None:
+        if not is_shown:
+            return
+        rate = number / max(time.monotonic() - start, 1e-6)
+        bar = of = left = ""
+        if total:
+            bar = f"[{'#' * (30 * number // total):30}] "
+            of = f" of {total}"
+            left = f", {(total - number) / rate:.0f} s left"
+        print(f"\r{bar}{done} {number}{of} ({rate:.1f} images/s{left}) ", end="", file=stream, flush=True)
+
+    try:
+        yield show
+    finally:
+        if is_shown:
+            print(file=stream)

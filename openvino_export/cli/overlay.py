@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heat maps over images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from openvino_export.detector import Prediction
+
+
+def refuse_output_among_images(output: str | None, source: str) -> None:
+    """Refuse to write heat maps among the images, which they would replace or be taken for.
+
+    Args:
+        output: Folder for heat maps, if there is one.
+        source: Image, or folder of images.
+
+    Raises:
+        ValueError: If heat maps would be written beside or below the images.
+    """
+    if output is None:
+        return
+    folder, images = Path(output).resolve(), Path(source).resolve()
+    if folder.is_relative_to(images) or folder / images.name == images:
+        msg = f"Heat maps in {output} would mix with the images of {source}; choose an output folder outside of it."
+        raise ValueError(msg)
+
+
+def write_overlay(result: Prediction, image: Path | NDArray[Any], target: Path) -> None:
+    """Write an image with its anomaly map laid over it, and the borders of the mask in white.
+
+    Args:
+        result: What was said about the image.
+        image: Path or RGB pixels of 8 bits.
+        target: File to write.
+    """
+    picture = Image.open(image) if isinstance(image, Path) else Image.fromarray(image)
+    picture = picture.convert("RGB")
+    values = result.anomaly_map
+    if result.pred_mask is None:  # without thresholds, in the range of the image
+        values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
+    heat = Image.fromarray(np.clip(values, 0, 1).astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
+    strength = np.asarray(heat)[..., None]
+    # From blue over yellow to red, and the more opaque the more anomalous.
+    colors = np.concatenate([2 * strength, 1.6 - 2 * np.abs(strength - 0.5) - 0.6, 1 - 2 * strength], axis=2)
+    share = 0.65 * np.clip(2 * strength - 0.5, 0, 1)
+    pixels = np.asarray(picture) * (1 - share) + 255 * np.clip(colors, 0, 1) * share
+    mixed = Image.fromarray(pixels.astype(np.uint8))
+    if result.pred_mask is not None:
+        mask = Image.fromarray(result.pred_mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
+        width = max(3, min(picture.size) // 150 * 2 + 1)
+        border = np.asarray(mask.filter(ImageFilter.MaxFilter(width))) != np.asarray(mask)
+        mixed.paste((255, 255, 255), (0, 0), Image.fromarray(border.astype(np.uint8) * 255))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mixed.save(target)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands about what a bundle knows."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openvino_export.cli import main
+
+Run = Callable[..., tuple[int, list[dict[str, Any]], str]]
+
+
+def test_learn_and_undo(run: Run, bundle: Path, products: Path, tmp_path: Path) -> None:
+    """A new product is learned from a folder and known from then on; a defective image is held back and named."""
+    images = tmp_path / "images"
+    shutil.copytree(products / "dots" / "train" / "good", images)
+    code, lines, _ = run("learn", bundle, images, "--variant", "dots")
+    assert code == 0
+    assert lines[0]["learned"] == {"dots": 20}
+    code, lines, _ = run("predict", bundle, products / "dots" / "test" / "good")
+    assert code == 0
+    assert {line["variant"] for line in lines} == {"dots"}
+    bad = products / "stripes" / "test" / "hole" / "000.png"
+    code, lines, errors = run("learn", bundle, bad, "--variant", "stripes")
+    assert code == 3
+    assert list(lines[0]["held_back"]) == [str(bad)]
+    assert f"{bad} was not learned" in errors
+    assert run("undo", bundle)[:2] == (0, [{"variants": ["stripes"]}])
+
+
+def test_info(exported: Path, without_bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is JSON."""
+    assert main(["info", str(exported)]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["model"] == "ContinualPatchCore"
+    assert known["variants"]["stripes"]["images"] == 20
+    assert main(["info", str(without_bank)]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "Padim"
