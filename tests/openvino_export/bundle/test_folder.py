@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the bundle folder: what is no whole bundle is refused, and a kill leaves the old one or the new one."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from openvino_export import EdgeDetector
+from openvino_export.bundle import folder as bundles
+from openvino_export.bundle.folder import BundleError
+
+FILES = ("bank.safetensors", "features.bin", "features.xml", "model.bin", "model.xml")
+Change = Callable[[Path], Any]
+Read = Callable[[Path], dict[str, bytes]]
+
+
+def metadata(folder: Path, **changes: object) -> None:
+    """Change entries of metadata.json."""
+    path = folder / "metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def flip(name: str) -> Change:
+    """Change a byte of a file."""
+
+    def change(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def renamed(name: str) -> Change:
+    """Have the metadata list the bank under another name."""
+
+    def change(folder: Path) -> None:
+        files = json.loads((folder / "metadata.json").read_text())["files"]
+        metadata(folder, files={**files, name: files["bank.safetensors"]})
+
+    return change
+
+
+def link_outside(folder: Path) -> None:
+    """Put a file elsewhere and link to it."""
+    (folder / "bank.safetensors").rename(folder.parent / "elsewhere")
+    (folder / "bank.safetensors").symlink_to(folder.parent / "elsewhere")
+
+
+def other_bank(folder: Path) -> None:
+    """Have a bank of another dimension, with a checksum that is right."""
+    from safetensors import safe_open
+    from safetensors.numpy import save
+
+    with safe_open(folder / "bank.safetensors", "numpy") as file:
+        plain = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+    dimension = arrays["vectors"].shape[1]
+    cut = {name: array[..., :5] if array.shape[-1:] == (dimension,) else array for name, array in arrays.items()}
+    replace(folder, "bank.safetensors", save({name: np.ascontiguousarray(array) for name, array in cut.items()}, plain))
+
+
+def replace(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file, with a checksum that is right."""
+    (folder / name).write_bytes(data)
+    files = json.loads((folder / "metadata.json").read_text())["files"]
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    metadata(folder, files={**files, name: entry})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((flip(name), f"{name} was changed or truncated") for name in FILES),
+        (
+            lambda folder: os.truncate(folder / "model.bin", 100),
+            r"model.bin was changed or truncated: it has 100 bytes",
+        ),
+        (lambda folder: (folder / "features.bin").unlink(), "has no features.bin.*copy the whole folder"),
+        (lambda folder: (folder / "metadata.json").unlink(), "has no metadata.json. It is no bundle"),
+        (lambda folder: os.truncate(folder / "metadata.json", 100), "metadata.json is no JSON"),
+        (lambda folder: (folder / "metadata.json").write_text("[1]"), "not written by anomalib-ext"),
+        (lambda folder: metadata(folder, schema_version=2), "schema version 2, .* reads 1. Update anomalib-ext"),
+        (lambda folder: metadata(folder, schema_version=0), "schema version 0, .* reads 1. Export the model again"),
+        (lambda folder: metadata(folder, schema_version="1"), "has no schema_version"),
+        (lambda folder: metadata(folder, files={}), "has no model.xml"),
+        (lambda folder: metadata(folder, files={"model.xml": 1}), "lists its files in another way"),
+        (lambda folder: metadata(folder, input_size=[64]), "input_size"),
+        (lambda folder: metadata(folder, input_size=[64, -1]), "input_size"),
+        (lambda folder: metadata(folder, mean=[0.5]), "mean"),
+        (renamed("../bundle/bank.safetensors"), "leads out of the bundle"),
+        (renamed("/etc/hostname"), "leads out of the bundle"),
+        (renamed(".."), "leads out of the bundle"),
+        (renamed("C:bank"), "leads out of the bundle"),
+        (link_outside, "leads out of the bundle"),
+        (other_bank, "of another backbone"),
+        (lambda folder: replace(folder, "bank.safetensors", b"0" * 100), "bank.safetensors of .* cannot be read"),
+        (lambda folder: replace(folder, "features.xml", b"<net>"), "features.xml of .* cannot be"),
+    ],
+)
+def test_what_is_no_bundle_is_refused(change: Change, message: str, bundle: Path) -> None:
+    """With what is wrong, and what to do."""
+    EdgeDetector(bundle)
+    change(bundle)
+    with pytest.raises(BundleError, match=message):
+        EdgeDetector(bundle)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    """It is named."""
+    with pytest.raises(FileNotFoundError, match=r"no bundle folder .*gone"):
+        EdgeDetector(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"no bundle folder .*gone"):
+        bundles.undo(tmp_path / "gone")
+
+
+def test_undo(bundle: Path, good: dict[str, list[Path]], visible_files: Read) -> None:
+    """It brings back the bundle, byte by byte; a second time, what was learned; a detector takes both up."""
+    with pytest.raises(BundleError, match="no previous state"):
+        bundles.undo(bundle)
+    old = visible_files(bundle)
+    detector = EdgeDetector(bundle)
+    detector.learn(good["dots"][:2], "dots")
+    detector.save()
+    new = visible_files(bundle)
+    changed = {name for name in old if old[name] != new[name]}
+    assert changed == {"bank.safetensors", "metadata.json", "model.bin"}
+    bundles.undo(bundle)
+    assert visible_files(bundle) == old
+    assert detector.reload()
+    assert list(detector.info()["variants"]) == ["stripes"]
+    bundles.undo(bundle)
+    assert visible_files(bundle) == new
+    flip("bank.safetensors")(bundle / ".previous")
+    with pytest.raises(BundleError, match="bundle stays as it is"):
+        bundles.undo(bundle)
+    assert visible_files(bundle) == new
+
+
+def test_saving_twice(bundle: Path, good: dict[str, list[Path]]) -> None:
+    """What is saved already is not written again, so that undo goes back by one learning."""
+    detector = EdgeDetector(bundle)
+    detector.save()
+    assert not (bundle / ".previous").exists()
+    for number in (2, 4):
+        detector.learn(good["dots"][:number], "dots")
+        detector.save()
+        detector.save()
+    bundles.undo(bundle)
+    assert EdgeDetector(bundle).info()["variants"]["dots"]["images"] == 2
+
+
+def test_a_folder_that_cannot_be_written(bundle: Path, good: dict[str, list[Path]]) -> None:
+    """It is judged with, and saving says what to do."""
+    detector = EdgeDetector(bundle)
+    detector.learn(good["dots"][:2], "dots")
+    (bundle / ".lock").unlink(missing_ok=True)
+    (bundle / ".lock").mkdir()  # even root cannot open it as a file
+    with pytest.raises(BundleError, match="Copy it to a folder that you may write to"):
+        detector.save()
+    assert detector.predict(good["dots"][0]).variant == "dots"
