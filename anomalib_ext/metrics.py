@@ -5,10 +5,41 @@ All of them see the matrix R, whose entry ``R[i, j]`` is the value on task ``j``
 that learns task ``j``. They are updated alike, so a ``torchmetrics.MetricCollection`` of them keeps one state.
 """
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torchmetrics import Metric
 
-__all__ = ["AverageValue", "BackwardTransfer", "ForgettingMeasure", "IncrementalAverage", "RelativeGap", "TaskMatrix"]
+__all__ = [
+    "AverageValue",
+    "BackwardTransfer",
+    "ForgettingMeasure",
+    "IncrementalAverage",
+    "RelativeGap",
+    "TaskMatrix",
+    "task_matrix",
+]
+
+
+def task_matrix(entries: Iterable[tuple[int, int, float]], steps: int = 0, tasks: int = 0) -> NDArray[np.float64]:
+    """Build the matrix R from its entries.
+
+    Args:
+        entries: Step and task, both counted from 0, and value. Of several for one place, the last counts.
+        steps: Least number of rows, for steps that are still to come.
+        tasks: Least number of columns.
+
+    Returns:
+        Values of shape ``(steps, tasks)``, or larger if an entry needs it; NaN where nothing was measured.
+    """
+    entries = list(entries)
+    shape = (max([steps, *(step + 1 for step, _, _ in entries)]), max([tasks, *(task + 1 for _, task, _ in entries)]))
+    matrix = np.full(shape, np.nan)
+    for step, task, value in entries:
+        matrix[step, task] = value
+    return matrix
 
 
 class TaskMatrix(Metric):
@@ -52,18 +83,10 @@ class TaskMatrix(Metric):
 
     def compute(self) -> torch.Tensor:
         """Return the matrix."""
-        return self._matrix()
-
-    def _matrix(self) -> torch.Tensor:
-        if not len(self.entries):
-            return torch.full((0, 0), torch.nan, device=self.device)
         # One tensor once processes have been joined.
-        entries = torch.cat(list(self.entries)) if isinstance(self.entries, list) else self.entries
-        steps, tasks = entries[:, 0].long(), entries[:, 1].long()
-        matrix = torch.full((int(steps.max()) + 1, int(tasks.max()) + 1), torch.nan, device=entries.device)
-        for step, task, value in zip(steps.tolist(), tasks.tolist(), entries[:, 2], strict=True):
-            matrix[step, task] = value
-        return matrix
+        rows = [row for part in self.entries for row in part.reshape(-1, 3).tolist()]
+        matrix = task_matrix((int(step), int(task), value) for step, task, value in rows)
+        return torch.tensor(matrix, dtype=torch.float32, device=self.device)
 
 
 class AverageValue(TaskMatrix):
@@ -75,7 +98,7 @@ class AverageValue(TaskMatrix):
 
     def compute(self) -> torch.Tensor:
         """Return the mean, NaN if a task was not measured after the last step."""
-        return self._matrix()[-1:].mean()
+        return super().compute()[-1:].mean()
 
 
 class IncrementalAverage(TaskMatrix):
@@ -86,7 +109,7 @@ class IncrementalAverage(TaskMatrix):
 
     def compute(self) -> torch.Tensor:
         """Return the mean, NaN if a task was not measured after a step that follows it."""
-        matrix = self._matrix()
+        matrix = super().compute()
         steps = [matrix[step, : step + 1].mean() for step in range(len(matrix))]
         return torch.stack(steps).mean() if steps else matrix.mean()  # NaN
 
@@ -103,7 +126,7 @@ class ForgettingMeasure(TaskMatrix):
 
     def compute(self) -> torch.Tensor:
         """Return the mean; NaN with a single task, or if a value is missing."""
-        matrix = self._matrix()
+        matrix = super().compute()
         last = len(matrix) - 1
         falls = [
             matrix[task:last, task].max() - matrix[last, task] for task in range(min(matrix.shape[1], max(last, 0)))
@@ -120,7 +143,7 @@ class BackwardTransfer(TaskMatrix):
 
     def compute(self) -> torch.Tensor:
         """Return the mean; NaN with a single task, or if a value is missing."""
-        matrix = self._matrix()
+        matrix = super().compute()
         last = len(matrix) - 1
         changes = [matrix[last, task] - matrix[task, task] for task in range(min(matrix.shape[1], max(last, 0)))]
         return torch.stack(changes).mean() if changes else torch.full_like(matrix.sum(), torch.nan)
@@ -150,4 +173,4 @@ class RelativeGap(TaskMatrix):
 
     def compute(self) -> torch.Tensor:
         """Return the gap, NaN if a task was not measured after the last step."""
-        return (self.joint - self._matrix()[-1:].mean()) / self.joint
+        return (self.joint - super().compute()[-1:].mean()) / self.joint

@@ -15,7 +15,8 @@ from PIL import Image
 from anomalib_ext import __version__, plots
 from anomalib_ext.data.multi_category import MEAN
 from anomalib_ext.files import atomic_write
-from anomalib_ext.stream import METRICS
+from anomalib_ext.metrics import task_matrix
+from anomalib_ext.stream import VARIANT_METRICS
 
 Logged = dict[str, dict[int, float]]  # value by name and step
 
@@ -67,7 +68,7 @@ def _content(run: Path) -> dict[str, Any]:
         "colors": plots.colors(names),
         "good": plots.GOOD,
         "anomalous": plots.ANOMALOUS,
-        "matrices": {metric: rows for metric in METRICS if (rows := _matrix(logged, names, metric))},
+        "matrices": _matrices(logged, names),
         "plots": _plots(logged, names),
         "updates": _updates(logged, names),
         "variants": [
@@ -93,12 +94,19 @@ def _not_a_run(run: Path, name: str) -> FileNotFoundError:
     return FileNotFoundError(msg)
 
 
-def _matrix(logged: Logged, names: list[str], metric: str) -> list[list[float]]:
-    """R of a metric: a row for each step, a column for each variant and one for their mean; empty if never measured."""
-    columns = [logged.get(f"{name}/{metric}", {}) for name in (*names, MEAN)]
-    if not any(columns):
-        return []
-    return [[column.get(step, math.nan) for column in columns] for step in range(1, len(names) + 1)]
+def _matrices(logged: Logged, names: list[str]) -> dict[str, list[list[float]]]:
+    """R of each metric that was measured: a row for each step, a column for each variant and one for their mean."""
+    columns = [*names, MEAN]
+    matrices = {}
+    for metric in VARIANT_METRICS:
+        entries = [
+            (step - 1, column, value)
+            for column, name in enumerate(columns)
+            for step, value in logged.get(f"{name}/{metric}", {}).items()
+        ]
+        if entries:
+            matrices[metric] = task_matrix(entries, len(names), len(columns)).tolist()
+    return matrices
 
 
 def _series(logged: Logged, names: list[str], pattern: str) -> Logged:

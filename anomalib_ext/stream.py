@@ -20,7 +20,6 @@ from anomalib.visualization.image.functional import add_text_to_image, create_im
 from anomalib.visualization.image.item_visualizer import visualize_image_item
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, MLFlowLogger
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -29,9 +28,11 @@ from rich.table import Table
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.data.multi_category import MEAN
 from anomalib_ext.files import atomic_write, write_table
+from anomalib_ext.metrics import task_matrix
 from anomalib_ext.plots import heat_maps, to_array
 
-METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score")
+# Of each variant, after each step.
+VARIANT_METRICS = ("image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score")
 WORST = 3  # pictures of each kind of mistake, variant and step
 
 Row = dict[str, Any]
@@ -93,13 +94,13 @@ def learn_stream(
                 judged = JudgedImages(results_dir / "images" / known if step == len(names) else None)
                 tested = _test(model, data.datamodules[known], judged, results_dir)
                 row = {"step": step, "learned": name, "variant": known}
-                results.append({**row, **{key: tested.get(key, math.nan) for key in METRICS}})
+                results.append({**row, **{key: tested.get(key, math.nan) for key in VARIANT_METRICS}})
                 judged.save_worst(results_dir, f"worst/{step}/{known}")
                 scores += [{**row, **image} for image in judged.rows]
                 pictures.update({f"{kind}/{known}": sheet for kind, sheet in judged.sheets().items()})
                 values = {key: value for key, value in values.items() if key not in tested}  # of the validation set
                 values.update({f"{known}/{key}": value for key, value in tested.items()})
-            for key in METRICS:
+            for key in VARIANT_METRICS:
                 # A variant may lack a metric, as that of pixels without masks.
                 measured = [row[key] for row in results if row["step"] == step and not math.isnan(row[key])]
                 values[f"{MEAN}/{key}"] = float(np.mean(measured)) if measured else math.nan
@@ -110,7 +111,8 @@ def learn_stream(
             write_table(metrics, results_dir / "metrics.csv")
             write_table(scores, results_dir / "scores.csv")
             write_table(results, results_dir / "results.csv")  # at the end, so that the others hold each step in it
-            pictures["R/image_AUROC"] = to_array(_heat_map(results, names, "image_AUROC"))
+            matrix = {"image_AUROC": _matrix(results, names, "image_AUROC")}
+            pictures["R/image_AUROC"] = to_array(heat_maps(matrix, names, names, "each variant after each step"))
             for each in loggers:
                 each.log_metrics(values, step=step)
                 for key, picture in pictures.items():
@@ -237,12 +239,10 @@ def _finalized(loggers: Sequence[Logger]) -> Generator[Sequence[Logger]]:
         logger.finalize("success")
 
 
-def _heat_map(rows: list[Row], names: list[str], metric: str) -> Figure:
+def _matrix(rows: list[Row], names: list[str], metric: str) -> NDArray[np.float64]:
     """R of a metric, with all steps that are planned."""
-    matrix = np.full((len(names), len(names)), np.nan)
-    for row in rows:
-        matrix[row["step"] - 1, names.index(row["variant"])] = row[metric]
-    return heat_maps({metric: matrix}, names, names, "each variant after each step")
+    entries = ((row["step"] - 1, names.index(row["variant"]), row[metric]) for row in rows)
+    return task_matrix(entries, len(names), len(names))
 
 
 def _log_picture(logger: Logger, name: str, picture: NDArray[np.uint8], step: int) -> None:
@@ -259,10 +259,8 @@ def _table(rows: list[Row], names: list[str], metric: str) -> Table:
     table = Table(title=f"{metric} of each variant after each step")
     for heading in ("after learning", *names, "mean"):
         table.add_column(heading)
-    for name in names:
-        values = {row["variant"]: float(row[metric]) for row in rows if row["learned"] == name}
-        measured = [value for value in values.values() if not math.isnan(value)]
-        cells = [values.get(known, math.nan) for known in names]
-        cells.append(sum(measured) / len(measured) if measured else math.nan)
-        table.add_row(name, *("" if math.isnan(value) else f"{value:.3f}" for value in cells))
+    for name, values in zip(names, _matrix(rows, names, metric), strict=True):
+        measured = values[~np.isnan(values)]
+        mean = measured.mean() if len(measured) else math.nan
+        table.add_row(name, *("" if math.isnan(value) else f"{value:.3f}" for value in (*values, mean)))
     return table

@@ -2,9 +2,14 @@
 """What the tests of the models share: small products, datamodules and models, all without network."""
 
 import faulthandler
+import io
+import logging
 import os
 import random
 import shutil
+import sys
+import warnings
+from contextlib import redirect_stdout
 
 # Before anything reads them. For so little work, threads cost more than they give.
 os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
@@ -127,3 +132,42 @@ def exported(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  #
 def bundle(exported: Path, tmp_path: Path) -> Path:
     """Return a copy of the bundle."""
     return Path(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def model_config() -> dict[str, Any]:
+    """Return what a configuration says of the model that :func:`make_model` makes."""
+    resize = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [SIDE, SIDE], "antialias": True}}
+    normalize = {
+        "class_path": "torchvision.transforms.v2.Normalize",
+        "init_args": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    transform = {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": [resize, normalize]}}
+    pre_processor = {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": transform}}
+    return {
+        "class_path": "ContinualPatchCore",
+        "init_args": {"pre_processor": pre_processor, "memory_size": 400, "one_shot": False},
+    }
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., str]:
+    """Return a function that runs ``anomalib-ext`` in this process, and returns what it has printed."""
+    from anomalib_ext.cli import main
+
+    def run(folder: Path, *arguments: str) -> str:
+        loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_fabric")]
+        levels = [logger.level for logger in loggers]
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), redirect_stdout(printed):
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["anomalib-ext", *arguments])
+            patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+            try:
+                main()
+            finally:
+                for logger, level in zip(loggers, levels, strict=True):
+                    logger.setLevel(level)
+        return printed.getvalue()
+
+    return run

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from anomalib.data import InferenceBatch
-from anomalib.models.image.mh_patchcore.anomaly_map import AnomalyMapGenerator
-from anomalib.models.image.mh_patchcore.torch_model import MHPatchcoreModel
-from torch import nn
 
 from anomalib_ext.models.components.patchcore import anomaly_maps, search
 from openvino_export.memory.k_center import farthest_first, nearest
@@ -58,7 +55,6 @@ class Learner:
         self.seed = seed
         self.vectors: Array = np.empty((0, 0), np.float32)
 
-    @property
     def nbytes(self) -> int:
         """Bytes of what judging needs."""
         return self.vectors.nbytes
@@ -110,7 +106,6 @@ class ContinualPatchCoreLearner(Learner):
         self.memory = MemoryBank(size)
         self._model = model
 
-    @property
     def nbytes(self) -> int:
         """Bytes of the bank, with what renews the thresholds."""
         return self.memory.nbytes
@@ -183,7 +178,6 @@ class PerProduct(Learner):
         super().__init__(size, seed)
         self.banks: dict[str, Array] = {}
 
-    @property
     def nbytes(self) -> int:
         """Bytes of all banks."""
         return sum(bank.nbytes for bank in self.banks.values())
@@ -239,179 +233,6 @@ class Reservoir(Learner):
         """Go on from there."""
         super().load(state)
         self.count = state[1]["count"]
-
-
-class Cadic(Learner):
-    """The replacement rule of CADIC (arXiv 2511.08634), image by image.
-
-    The first patches fill the bank. From then on the patch farthest from the bank replaces one of the bank's closest
-    pair, as long as it is farther from the bank than these are from each other. The size of a batch is not stated
-    there; here it is an image. Backbone and score are the ones of all learners here, not CADIC's.
-    """
-
-    title = "CADIC rule"
-    learns_images = True
-
-    def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
-        """Replace vectors."""
-        del seen, task
-        full = len(self.vectors) == self.size
-        pairs = _OtherNearest(self.vectors) if full else None
-        for image in images:
-            rest = image
-            if pairs is None:
-                free = self.size - len(self.vectors)
-                self.vectors = np.concatenate([self.vectors.reshape(-1, image.shape[1]), image[:free]])
-                rest = image[free:]
-                if len(self.vectors) < self.size:
-                    continue
-                pairs = _OtherNearest(self.vectors)
-            if len(rest):
-                pairs.replace_by(rest)
-
-
-class _OtherNearest:
-    """Keeps for each vector of a bank the nearest other one, while vectors are replaced in place."""
-
-    def __init__(self, vectors: Array) -> None:
-        import faiss
-
-        self.vectors = vectors
-        self.squares = np.einsum("ij,ij->i", vectors, vectors)
-        self.neighbors = faiss.knn(vectors, vectors, 2)[1]
-        own = self.neighbors[:, 0] == np.arange(len(vectors))
-        self.neighbors = np.where(own, self.neighbors[:, 1], self.neighbors[:, 0])  # the other, even of two alike
-        self.gaps = np.linalg.norm(vectors - vectors[self.neighbors], axis=1)
-
-    def replace_by(self, patches: Array) -> None:
-        """Let patches of shape ``(n, d)`` in by CADIC's rule."""
-        distances, index = nearest(patches, self.vectors)
-        while True:
-            best, place = int(distances.argmax()), int(self.gaps.argmin())
-            if distances[best] <= self.gaps[place]:
-                return
-            place = min(place, int(self.neighbors[place]))  # which of the pair goes is not stated
-            self.vectors[place] = patches[best]
-            self.squares[place] = patches[best] @ patches[best]
-            # All that had the replaced vector as nearest must search anew; all others need to look at the new one.
-            members = np.flatnonzero(self.neighbors == place)
-            members = members[members != place]
-            lost = np.flatnonzero((index == place) & (distances >= 0))
-            queries = np.concatenate([patches[best : best + 1], self.vectors[members], patches[lost]])
-            table = queries @ self.vectors.T
-            table *= -2
-            table += self.squares
-            table += np.einsum("ij,ij->i", queries, queries)[:, None]
-            table[np.arange(1 + len(members)), np.concatenate([[place], members])] = np.inf
-            found = table.argmin(axis=1)
-            gaps = np.sqrt(np.maximum(table[np.arange(len(table)), found], 0))
-            new = np.sqrt(np.maximum(table[0], 0))
-            nearer = new < self.gaps
-            self.gaps[nearer], self.neighbors[nearer] = new[nearer], place
-            own = slice(0, 1 + len(members))
-            changed = np.concatenate([[place], members])
-            self.gaps[changed], self.neighbors[changed] = gaps[own], found[own]
-            to_new = np.linalg.norm(patches - patches[best], axis=1)
-            closer = to_new < distances
-            distances[closer], index[closer] = to_new[closer], place
-            distances[lost], index[lost] = gaps[1 + len(members) :], found[1 + len(members) :]
-            distances[best] = -1  # was taken
-
-
-class MHPatchcoreLearner(Learner):
-    """Anomalib's ``MHPatchcore``, fitted anew on all images so far, for once fitted it cannot learn.
-
-    It gets the embeddings of all learners here in place of its own; PCA, whitening, bank and scores are its own.
-    """
-
-    title = "MHPatchcore, refitted"
-    keeps_images = True
-
-    def __init__(self, size: int, seed: int = 0) -> None:
-        super().__init__(size, seed)
-        self.model = _MHPatchcoreOnEmbeddings(size)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of projection, whitening and bank."""
-        return sum(buffer.nbytes for part in self._parts for buffer in part.buffers())
-
-    @property
-    def _parts(self) -> list[nn.Module]:
-        return [self.model.pca, self.model.covariance, self.model.memory_bank]
-
-    def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
-        """Fit in three passes over batches of 32 images, as Anomalib does."""
-        del images, task
-        self.model = _MHPatchcoreOnEmbeddings(self.size)
-        order = np.random.default_rng(self.seed).permutation(len(seen))
-        batches = [order[start : start + 32] for start in range(0, len(order), 32)]
-        passes: list[nn.Module] = []
-        for part in self._parts:
-            for batch in batches:
-                patches = torch.from_numpy(np.concatenate([seen[i] for i in batch]))
-                for fitted in passes:
-                    patches = fitted(patches)
-                part.update(patches)  # type: ignore[operator]
-            part.finalize()  # type: ignore[operator]
-            passes.append(part)
-
-    def predict(self, images: Images, task: Task) -> InferenceBatch:
-        """As the model does."""
-        del task
-        self.model.eval()
-        self.model.anomaly_map_generator.image_size = images.size
-        parts = [self.model(patches.permute(0, 3, 1, 2)) for patches in images.patches.split(1)]
-        return InferenceBatch(
-            pred_score=torch.cat([part.pred_score for part in parts]),
-            anomaly_map=torch.cat([part.anomaly_map for part in parts]),
-        )
-
-    def state(self) -> State:  # noqa: PLR6301
-        """Nothing: it begins anew."""
-        return {}, {}
-
-    def load(self, state: State) -> None:
-        """Nothing."""
-
-
-class _MHPatchcoreOnEmbeddings(MHPatchcoreModel):
-    """The model of ``MHPatchcore`` for embeddings of shape ``(B, d, h, w)`` in place of images."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__("resnet10t", ["layer1"], pre_trained=False, memory_bank_size=size)
-        self.feature_extractor = _AsFeatures()
-        self.anomaly_map_generator = _MapsOfImages()
-
-    def generate_embedding(self, features: dict[str | int, torch.Tensor]) -> torch.Tensor:  # noqa: PLR6301
-        """Embeddings of shape ``(B * h * w, d)``."""
-        return features["layer1"].permute(0, 2, 3, 1).flatten(0, 2)
-
-
-class _AsFeatures(nn.Module):
-    def forward(self, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: PLR6301
-        return {"layer1": embeddings}
-
-
-class _MapsOfImages(AnomalyMapGenerator):
-    """Maps of the size of the images, for the model believes that the embeddings are its images."""
-
-    image_size: torch.Size
-
-    def forward(self, patch_scores: torch.Tensor, image_size: torch.Size) -> torch.Tensor:
-        del image_size
-        return super().forward(patch_scores, self.image_size)
-
-
-LEARNERS: dict[str, type[Learner]] = {
-    "continual_patchcore": ContinualPatchCoreLearner,
-    "joint": Joint,
-    "per_product": PerProduct,
-    "last_product": LastProduct,
-    "reservoir": Reservoir,
-    "cadic": Cadic,
-    "mh_patchcore": MHPatchcoreLearner,
-}
 
 
 def _farthest_first(images: Sequence[Array], size: int) -> Array:

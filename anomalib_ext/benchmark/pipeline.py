@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the benchmark, step by step, so that an interrupted one goes on where it was."""
 
-import csv
 import ctypes
-import json
 import re
 import time
 from collections.abc import Generator, Sequence
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import AUPRO, AUROC, F1Score
@@ -22,13 +19,15 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 
 from anomalib_ext.data import MultiCategory
-from anomalib_ext.files import atomic_write, write_table
 from anomalib_ext.models import ContinualPatchCore
 from openvino_export.memory.augment import FEW_IMAGES
 from openvino_export.memory.memory_bank import MemoryBank
 
-from .learners import LEARNERS, ContinualPatchCoreLearner, Joint, Learner
-from .report import Row, write_report
+from .cadic import Cadic
+from .learners import ContinualPatchCoreLearner, Joint, LastProduct, Learner, PerProduct, Reservoir
+from .mh_patchcore import MHPatchcoreLearner
+from .report import write_report
+from .results import Results, Row
 from .tasks import (
     DRIFT_STEPS,
     DRIFTS,
@@ -43,6 +42,16 @@ from .tasks import (
     product_streams,
 )
 
+LEARNERS: dict[str, type[Learner]] = {
+    "continual_patchcore": ContinualPatchCoreLearner,
+    "joint": Joint,
+    "per_product": PerProduct,
+    "last_product": LastProduct,
+    "reservoir": Reservoir,
+    "cadic": Cadic,
+    "mh_patchcore": MHPatchcoreLearner,
+}
+# Of their memory banks, where none are given.
 SIZES = {
     "continual_patchcore": [10_000, 2_000],
     "joint": [10_000, 2_000],
@@ -166,77 +175,6 @@ def _settings(model: ContinualPatchCore, tasks: Sequence[Task], seed: int, pixel
     }
 
 
-class Results:
-    """Rows on disk, replaced at once after every step, and the state of the learner that is under way.
-
-    Args:
-        folder: Where they are.
-        settings: What they must agree in.
-
-    Raises:
-        ValueError: If there are results of other settings.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
-        self.settings = settings
-        self.rows: list[Row] = []
-        if (folder / "settings.json").exists():
-            before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-            # As text, in which the order of the products counts.
-            other = [key for key in settings if json.dumps(settings[key]) != json.dumps(before.get(key))]
-            if other:
-                msg = (
-                    f"{folder} holds results of another {', '.join(other)}: {[before.get(key) for key in other]} in "
-                    f"place of {[settings[key] for key in other]}. Give another results_dir, or remove that folder."
-                )
-                raise ValueError(msg)
-        with atomic_write(folder / "settings.json") as file:
-            file.write(json.dumps(settings, indent=2).encode())
-        if (folder / "results.csv").exists():
-            with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
-                self.rows = [Row.read(cells) for cells in csv.DictReader(file)]
-
-    def of(self, stream: str, order: int, learner: str) -> list[Row]:
-        """Rows of a learner on a stream."""
-        return [row for row in self.rows if (row.stream, row.order, row.learner) == (stream, order, learner)]
-
-    def steps(self, stream: str, order: int, learner: str) -> int:
-        """Number of steps of a stream that a learner has done."""
-        return max((row.step for row in self.of(stream, order, learner)), default=0)
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Write further rows."""
-        self.rows = [*self.rows, *rows]
-        write_table([vars(row) for row in self.rows], self.folder / "results.csv")
-
-    def _states(self, run: str) -> list[Path]:
-        return sorted((self.folder / "state").glob(f"{run}-step*.safetensors"))
-
-    def save(self, run: str, step: int, learner: Learner, rows: Sequence[Row]) -> None:
-        """Keep what the next step of a learner depends on, then the rows; a kill in between leaves the step before."""
-        arrays, plain = learner.state()
-        before = self._states(run)
-        path = self.folder / "state" / f"{run}-step{step}.safetensors"
-        with atomic_write(path) as file:
-            file.write(safetensors.numpy.save(arrays, {"plain": json.dumps(plain)}))
-        self.add(rows)
-        for other in before:
-            if other != path:
-                other.unlink()
-
-    def load(self, run: str, step: int, learner: Learner) -> None:
-        """Have a learner go on after a step."""
-        with safetensors.safe_open(self.folder / "state" / f"{run}-step{step}.safetensors", "numpy") as file:
-            plain = json.loads(file.metadata()["plain"])
-            learner.load(({name: file.get_tensor(name) for name in file.keys()}, plain))  # noqa: SIM118  # no mapping
-
-    def drop(self, run: str) -> None:
-        """Remove the state of a learner that has come to its end."""
-        for path in self._states(run):
-            path.unlink()
-
-
 def _title(kind: type[Learner], size: int) -> str:
     return f"{kind.title}, {size}"
 
@@ -285,7 +223,7 @@ def _learn(learner: Learner, step: Step, seen: Sequence[Any]) -> dict[str, Any]:
     return {
         "update_seconds": seconds,
         "peak_mib": memory[0] + sum(image.nbytes for image in held) / 2**20,
-        "bank_mib": learner.nbytes / 2**20,
+        "bank_mib": learner.nbytes() / 2**20,
     }
 
 
@@ -384,11 +322,11 @@ def _few_shot(
                 model.model.bank, model.one_shot = MemoryBank(size), views
                 report = model.partial_fit(list(paths[:count]), task.variant)
                 learner.memory = model.model.bank
-                # Its memory cannot be told from that of the features, which it makes by itself.
+                # Its memory is not known apart from that of the features, which it makes by itself.
                 costs = {
                     "update_seconds": report.seconds,
                     "peak_mib": float("nan"),
-                    "bank_mib": learner.nbytes / 2**20,
+                    "bank_mib": learner.nbytes() / 2**20,
                 }
             row = Row(
                 "few-shot",

@@ -7,7 +7,7 @@ import pandas as pd
 
 from .report import table
 
-METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
+PUBLISHED_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 # What tells one product from another, of MVTec AD and VisA, and of Folder. All else is a setting.
 PRODUCTS = ("data.init_args.category", "data.init_args.name", "data.init_args.root")
 
@@ -44,8 +44,8 @@ def compare(
     measured = measured.drop_duplicates(jobs, keep="last", ignore_index=True)
     datasets = measured["data.class_path"].unique()
     settings = [column for column in jobs if column not in PRODUCTS]
-    # The model's arguments are told; of all else, only what is not the same everywhere.
-    told = [
+    # The model's arguments are shown; of all else, only what is not the same everywhere.
+    shown = [
         column
         for column in settings
         if column.startswith("model.init_args.")
@@ -57,14 +57,14 @@ def compare(
     lines = []
     for _, rows in measured.groupby(settings, sort=False, dropna=False):
         first = rows.iloc[0]
-        values = {column.split("init_args.")[-1]: first[column] for column in told if pd.notna(first[column])}
+        values = {column.split("init_args.")[-1]: first[column] for column in shown if pd.notna(first[column])}
         setting = [f"measured, products: {len(rows)}", *(f"{name}: {value}" for name, value in values.items())]
-        means = [f"{100 * rows[metric].mean():.1f}" if metric in rows else "" for metric in METRICS]
+        means = [f"{100 * rows[metric].mean():.1f}" if metric in rows else "" for metric in PUBLISHED_METRICS]
         lines.append([first["data.class_path"], first["model.class_path"], ", ".join(setting), *means, ""])
     reference = pd.read_csv(published, dtype=str, keep_default_na=False)
     private = reference.dataset.str.startswith("private") & reference.model.isin(measured["model.class_path"])
     reference = reference[reference.dataset.isin(datasets) | private]
-    lines += reference[["dataset", "model", "setting", *METRICS, "source"]].to_numpy().tolist()
+    lines += reference[["dataset", "model", "setting", *PUBLISHED_METRICS, "source"]].to_numpy().tolist()
     lines.sort(key=lambda line: line[0])
     text = table(["data set", "model", "setting", "image AUROC", "pixel AUROC", "AUPRO", "source"], lines)
     print(text)

@@ -3,10 +3,8 @@
 
 import io
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,69 +17,23 @@ from anomalib_ext.metrics import (
     IncrementalAverage,
     RelativeGap,
     TaskMatrix,
+    task_matrix,
 )
 from anomalib_ext.plots import heat_maps
 
 from .learners import ContinualPatchCoreLearner, Joint
+from .results import Row
 
-METRICS = {
+METRIC_TITLES = {
     "image_AUROC": "image AUROC",
     "image_F1Score": "F1",
     "pixel_AUROC": "pixel AUROC",
     "pixel_AUPRO": "AUPRO",
 }
-
-
 FEW_SHOT = (
     "Each product alone, from its first images. ContinualPatchCore sets its thresholds without a validation set, "
     "PatchCore by validation images."
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """How a learner judges a task after a step of a stream.
-
-    Attributes:
-        stream: Name of the stream.
-        order: Number of the order of its tasks.
-        learner: Name of the learner, and size of its memory bank.
-        step: Number of the step; of the stream ``few-shot``, number of images learned.
-        learned: What was learned in the step.
-        task: What is judged.
-        image_AUROC: Of images.
-        image_F1Score: Of images, by thresholds.
-        pixel_AUROC: Of pixels, NaN without masks.
-        pixel_AUPRO: Of regions, NaN without masks.
-        false_alarms: Share of good images that are called anomalous.
-        misses: Share of anomalous images that are called good.
-        ms_per_image: Time to judge one, features apart.
-        update_seconds: Time to learn the step, features apart; of the stream ``few-shot``, to select alone.
-        peak_mib: Memory that the update needs, with the patches that it must hold at once; NaN where it is not known.
-        bank_mib: Memory that judging needs, the backbone apart.
-    """
-
-    stream: str
-    order: int
-    learner: str
-    step: int
-    learned: str
-    task: str
-    image_AUROC: float  # noqa: N815  # Anomalib's name
-    image_F1Score: float  # noqa: N815  # Anomalib's name
-    pixel_AUROC: float  # noqa: N815  # Anomalib's name
-    pixel_AUPRO: float  # noqa: N815  # Anomalib's name
-    false_alarms: float
-    misses: float
-    ms_per_image: float
-    update_seconds: float
-    peak_mib: float
-    bank_mib: float
-
-    @classmethod
-    def read(cls, cells: dict[str, str]) -> "Row":
-        """Row of a CSV file."""
-        return cls(**{field.name: cast("type", field.type)(cells[field.name]) for field in fields(cls)})
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> None:
@@ -98,10 +50,10 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
         slug = stream.replace(", ", "_").replace(" ", "_")
         plots[f"{slug}_curves"] = _curves(own)
         first = [row for row in own if row.order == 1]
-        for metric, title in METRICS.items():
+        for metric, title in METRIC_TITLES.items():
             if not all(np.isnan(getattr(row, metric)) for row in own):
                 text += [f"### {title}\n", _summary(own, metric)]
-                plots[f"{slug}_{metric}"] = _heat_maps(first, metric, title)
+                plots[f"{slug}_{metric}"] = _heat_maps(first, metric)
         text += ["### Costs\n", _costs(own)]
     text.append("## Plots\n")
     for name, figure in plots.items():
@@ -127,13 +79,22 @@ def _groups(rows: Sequence[Row], *keys: str) -> dict[tuple, list[Row]]:
     return groups
 
 
-def _fill(metric: TaskMatrix, rows: Sequence[Row], field: str) -> TaskMatrix:
-    """Give the rows of one learner and order to a metric."""
+def _tasks(rows: Sequence[Row]) -> list[str]:
+    """The tasks, of which all are judged after the last step, in the order in which they are learned."""
     last = max(row.step for row in rows)
-    order = [row.task for row in rows if row.step == last]
-    for row in rows:
-        metric.update(row.step - 1, order.index(row.task), getattr(row, field))
-    return metric
+    return list(dict.fromkeys(row.task for row in rows if row.step == last))
+
+
+def _entries(rows: Sequence[Row], field: str, tasks: Sequence[str]) -> Iterator[tuple[int, int, float]]:
+    """Entries of R of one learner and order."""
+    return ((row.step - 1, tasks.index(row.task), getattr(row, field)) for row in rows)
+
+
+def _compute(metric: TaskMatrix, rows: Sequence[Row], field: str) -> float:
+    """Value of a metric for the rows of one learner and order."""
+    for entry in _entries(rows, field, _tasks(rows)):
+        metric.update(*entry)
+    return float(metric.compute())
 
 
 def _summary(rows: Sequence[Row], field: str) -> str:
@@ -142,14 +103,14 @@ def _summary(rows: Sequence[Row], field: str) -> str:
     joint: dict[int, dict[str, float]] = defaultdict(dict)  # by order and number of vectors
     for (learner, order), own in groups.items():
         if learner.startswith(Joint.title):
-            joint[order][_size(learner)] = float(_fill(AverageValue(), own, field).compute())
+            joint[order][_size(learner)] = _compute(AverageValue(), own, field)
     figures = defaultdict(list)
     for (learner, order), own in groups.items():
         metrics: list[TaskMatrix] = [AverageValue(), IncrementalAverage(), ForgettingMeasure(), BackwardTransfer()]
-        values = [float(_fill(metric, own, field).compute()) for metric in metrics]
+        values = [_compute(metric, own, field) for metric in metrics]
         largest = max(joint[order], key=int, default="")
         reference = joint[order].get(_size(learner), joint[order].get(largest, 0.0))
-        gap = float(_fill(RelativeGap(reference), own, field).compute()) if reference > 0 else np.nan
+        gap = _compute(RelativeGap(reference), own, field) if reference > 0 else np.nan
         figures[learner].append([*values, gap])
     lines = [[learner, *_spread(values)] for learner, values in figures.items()]
     header = ["learner, vectors", "average at the end", "average over steps", "forgetting", "backward transfer"]
@@ -195,7 +156,7 @@ def _costs(rows: Sequence[Row]) -> str:
 def _few_shot_tables(rows: Sequence[Row]) -> list[str]:
     """A table for each metric, with the errors."""
     products = list(dict.fromkeys(row.task for row in rows))
-    titles = {**METRICS, "false_alarms": "good images called anomalous", "misses": "anomalous images called good"}
+    titles = {**METRIC_TITLES, "false_alarms": "good images called anomalous", "misses": "anomalous images called good"}
     tables = []
     for metric, title in titles.items():
         lines = []
@@ -208,32 +169,32 @@ def _few_shot_tables(rows: Sequence[Row]) -> list[str]:
     return tables
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list]:
-    """Figure with a grid of axes of this size in inches, without a window."""
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+def _figure(rows: int, columns: int, height: float) -> tuple[Figure, list]:
+    """Figure with a grid of axes of this height in inches, without a window."""
+    figure = Figure(figsize=(4.6 * columns, height * rows), layout="constrained")
     return figure, list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
 
 
-def _heat_maps(rows: Sequence[Row], metric: str, title: str) -> Figure:
+def _heat_maps(rows: Sequence[Row], metric: str) -> Figure:
     """The matrix R of each learner."""
-    steps = list(dict.fromkeys(row.learned for row in rows))
-    last = max(row.step for row in rows)
-    tasks = list(dict.fromkeys(row.task for row in rows if row.step == last))
-    matrices = {}
-    for (learner,), own in _groups(rows, "learner").items():
-        matrices[learner] = np.full((len(steps), len(tasks)), np.nan)
-        for row in own:
-            matrices[learner][row.step - 1, tasks.index(row.task)] = getattr(row, metric)
-    return heat_maps(matrices, steps, tasks, f"{rows[0].stream}, first order: {title} of each column after each row")
+    steps, tasks = list(dict.fromkeys(row.learned for row in rows)), _tasks(rows)
+    matrices = {
+        learner: task_matrix(_entries(own, metric, tasks), len(steps), len(tasks))
+        for (learner,), own in _groups(rows, "learner").items()
+    }
+    title = f"{rows[0].stream}, first order: {METRIC_TITLES[metric]} of each column after each row"
+    return heat_maps(matrices, steps, tasks, title)
 
 
 def _curves(rows: Sequence[Row]) -> Figure:
     """Mean over the tasks known by then, after each step; mean of the orders."""
     shown = {
-        metric: title for metric, title in METRICS.items() if not all(np.isnan(getattr(row, metric)) for row in rows)
+        metric: title
+        for metric, title in METRIC_TITLES.items()
+        if not all(np.isnan(getattr(row, metric)) for row in rows)
     }
     learners = list(dict.fromkeys(row.learner for row in rows))
-    figure, axes = _figure(-(-len(shown) // 2), min(2, len(shown)), 4.6, 3.2)
+    figure, axes = _figure(-(-len(shown) // 2), min(2, len(shown)), 3.2)
     for axis, (metric, title) in zip(axes, shown.items(), strict=False):
         for (learner,), own in _groups(rows, "learner").items():
             steps = _groups(own, "step")
@@ -268,8 +229,8 @@ def _style(learner: str, learners: Sequence[str]) -> dict[str, str | float]:
 
 def _few_shot_plot(rows: Sequence[Row]) -> Figure:
     """Mean of the products over the number of images."""
-    shown = {"image_AUROC": METRICS["image_AUROC"], "pixel_AUPRO": METRICS["pixel_AUPRO"]}
-    figure, axes = _figure(1, 2, 4.6, 3.6)
+    shown = {"image_AUROC": METRIC_TITLES["image_AUROC"], "pixel_AUPRO": METRIC_TITLES["pixel_AUPRO"]}
+    figure, axes = _figure(1, 2, 3.6)
     for axis, (metric, title) in zip(axes, shown.items(), strict=True):
         for (learner,), own in _groups(rows, "learner").items():
             counts = _groups(sorted(own, key=lambda row: row.step), "step")

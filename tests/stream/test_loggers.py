@@ -63,21 +63,18 @@ def scalars(accumulator: EventAccumulator) -> dict[str, list[tuple[int, float]]]
     return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
 
 
-def test_tensorboard(make_data: Make, make_model: Make, tmp_path: Path) -> None:
+def test_tensorboard(finished: Any) -> None:  # noqa: ANN401
     """All values and pictures of a stream are there by its steps, each once."""
-    model = make_model(post_processor=VariantPostProcessor(image_sensitivity=0.9))  # takes good images for bad ones
-    logger = AnomalibTensorBoardLogger(str(tmp_path / "logs"), name="line 3")
-    learn_stream(model, MultiCategory([make_data("stripes"), make_data("dots")]), tmp_path / "run", logger=logger)
-
-    accumulator = events(tmp_path / "logs" / "line 3" / "version_0")
-    expected = logged(tmp_path / "run")
+    accumulator = events(finished.folder / "tensorboard" / "line 3" / "version_0")
+    expected = logged(finished.folder)
+    odd = finished.names[1]
     found = scalars(accumulator)
     del found["hp_metric"]  # Lightning's own
-    assert found.keys() == expected.keys() >= {"stripes/image_AUROC", "memory/share/dots", "memory/radius_bound"}
+    assert found.keys() == expected.keys() >= {"stripes/image_AUROC", f"memory/share/{odd}", "memory/radius_bound"}
     for name, values in expected.items():
         assert found[name] == pytest.approx(np.float32(values), rel=1e-6)
     assert [step for step, _ in found["stripes/image_AUROC"]] == [1, 2]
-    assert [step for step, _ in found["memory/share/dots"]] == [2]
+    assert [step for step, _ in found[f"memory/share/{odd}"]] == [2]
 
     assert {"R/image_AUROC", "false_positives/stripes"} <= set(accumulator.Tags()["images"])
     assert [event.step for event in accumulator.Images("R/image_AUROC")] == [1, 2]
@@ -97,7 +94,7 @@ def test_a_plain_fit_logs_the_memory(make_data: Make, make_model: Make, make_eng
     assert found["memory/pixel_threshold/stripes"][0][1] == pytest.approx(bank.thresholds("stripes")["pixel"][0])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return the address of an MLflow server on this machine."""
     pytest.importorskip("mlflow", reason="MLflow is not installed; it comes with the extra `loggers` or `test`")
@@ -129,6 +126,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait(60)
 
 
+@pytest.mark.slow
 def test_mlflow(server: str, products: Path, tmp_path: Path) -> None:
     """The command with loggers from YAML: the server has the run with its parameters, metrics and pictures."""
     from mlflow import MlflowClient
@@ -160,6 +158,7 @@ def test_mlflow(server: str, products: Path, tmp_path: Path) -> None:
     assert found.keys() - {"hp_metric"} == expected.keys()
 
 
+@pytest.mark.slow
 def test_mlflow_pictures_of_mistakes(server: str, make_data: Make, make_model: Make, tmp_path: Path) -> None:
     """They are there by step; a name with characters that MLflow refuses is no hindrance."""
     from mlflow import MlflowClient
@@ -175,6 +174,7 @@ def test_mlflow_pictures_of_mistakes(server: str, make_data: Make, make_model: M
     assert any(path.startswith("images/false_positives~stripes fhn+step+1+") for path in paths)
 
 
+@pytest.mark.slow
 def test_a_stream_that_fails_is_marked_so(server: str, make_data: Make, make_model: Make, tmp_path: Path) -> None:
     """The run does not stay open."""
     from mlflow import MlflowClient
