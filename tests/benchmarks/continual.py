@@ -22,6 +22,8 @@ from torchvision.transforms.v2.functional import resize
 from openvino_export.memory.augment import FEW_IMAGES
 from openvino_export.memory.k_center import farthest_first, nearest
 from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.thresholds import calibration_patches, thresholds
+from openvino_export.memory.update import Update
 
 Patches = NDArray[np.float32]
 
@@ -62,29 +64,31 @@ class Product:
 
     def errors(self, bank: MemoryBank) -> str:
         """Share of good images that are called anomalous, and of anomalous ones that are called good."""
-        decided = self.distances(bank.vectors)[0].max(axis=1) > bank.thresholds(self.name)["image"][0]
+        decided = self.distances(bank.vectors())[0].max(axis=1) > thresholds(bank, self.name)["image"][0]
         return f"{decided[~self.labels].mean():.2f} / {(~decided[self.labels]).mean():.2f}"
 
-    def calibrate(self, bank: MemoryBank) -> None:
+    def calibrate(self, update: Update) -> None:
         """Set the thresholds from the validation half, as a fit with validation images does."""
-        distances, _ = self.distances(bank.vectors)
+        update.flush()
+        bank = update.bank
+        distances, _ = self.distances(bank.vectors())
         kept = [
-            bank.calibration_patches(self.name, patches, scores)
+            calibration_patches(bank, self.name, patches, scores)
             for patches, scores in zip(self.test[self.validation], distances[self.validation], strict=True)
         ]
-        bank.calibrate(self.name, np.stack(kept), self.labels[self.validation])
+        update.calibrate(self.name, np.stack(kept), self.labels[self.validation])
 
-    def f1(self, bank: MemoryBank, thresholds: dict[str, float]) -> float:
+    def f1(self, bank: MemoryBank, limits: dict[str, float]) -> float:
         """F1 on the half that set no threshold; every image is judged by the variant that it is routed to."""
-        distances, index = self.distances(bank.vectors)
+        distances, index = self.distances(bank.vectors())
         names = list(bank.variants)
-        routed = [names[int(np.bincount(bank.owners[i]).argmax())] for i in index]
-        decided = distances.max(axis=1) > [thresholds[name] for name in routed]
+        routed = [names[int(np.bincount(bank.owners()[i]).argmax())] for i in index]
+        decided = distances.max(axis=1) > [limits[name] for name in routed]
         return float(f1_score(self.labels[~self.validation], decided[~self.validation]))
 
 
 def _thresholds(bank: MemoryBank) -> dict[str, float]:
-    return {name: bank.thresholds(name)["image"][0] for name in bank.variants}
+    return {name: thresholds(bank, name)["image"][0] for name in bank.variants}
 
 
 def _row(cells: list[str]) -> None:
@@ -100,23 +104,25 @@ def _stream(products: dict[str, Product], order: list[str], size: int, seed: int
     _row(["---"] * (len(order) + 4))
     for name in order:
         images = products[name].train[np.random.default_rng(seed).permutation(len(products[name].train))]
+        update = Update(bank)
         for image in images:
-            bank.learn(image, name)
-        report = bank.commit()
-        products[name].calibrate(bank)
+            update.add(image, name)
+        products[name].calibrate(update)
+        report = update.commit()
+        bank = update.bank
         for known in bank.variants:
-            auroc[known].append(products[known].auroc(bank.vectors))
+            auroc[known].append(products[known].auroc(bank.vectors()))
         f1_before[name] = products[name].f1(bank, _thresholds(bank))
         frozen[name] = _thresholds(bank)[name]
         cells = [f"{auroc[known][-1]:.3f}" if known in bank.variants else "" for known in order]
         milliseconds = report.seconds / len(images) * 1000
-        _row([name, *cells, f"{bank.radius_bound:.1f}", f"{bank.nbytes / 2**20:.1f}", f"{milliseconds:.0f}"])
+        _row([name, *cells, f"{bank.radius_bound():.1f}", f"{bank.nbytes() / 2**20:.1f}", f"{milliseconds:.0f}"])
     renewed = _thresholds(bank)
     _row(["vectors", *(str(len(bank.variants[name].radii)) for name in order), "", "", ""])
     _row(["F1 when learned", *(f"{f1_before[name]:.3f}" for name in order), "", "", ""])
     _row(["F1 at the end", *(f"{products[name].f1(bank, renewed):.3f}" for name in order), "", "", ""])
     _row(["F1, thresholds not renewed", *(f"{products[name].f1(bank, frozen):.3f}" for name in order), "", "", ""])
-    covered = [max(nearest(image, bank.vectors)[0].max() for image in products[name].train) for name in order]
+    covered = [max(nearest(image, bank.vectors())[0].max() for image in products[name].train) for name in order]
     _row(["coverage radius", *(f"{radius:.1f}" for radius in covered), "", "", ""])
     mean = float(np.mean([values[-1] for values in auroc.values()]))
     forgetting = float(np.mean([max(auroc[name][:-1]) - auroc[name][-1] for name in order[:-1]]))
@@ -136,7 +142,7 @@ def _few_shot(model: ContinualPatchCore, products: dict[str, Product], size: int
                 model.model.bank = MemoryBank(size)
                 model.one_shot = one_shot
                 model.partial_fit(torch.stack(product.images[:count]), product.name)
-                cells.append(product.auroc(model.model.bank.vectors))
+                cells.append(product.auroc(model.model.bank.vectors()))
                 decisions.append(product.errors(model.model.bank))
             views = "with" if one_shot else "without"
             _row([f"{count}, {views}", *(f"{cell:.3f}" for cell in cells), f"{np.mean(cells):.3f}"])

@@ -24,6 +24,7 @@ from jsonargparse import auto_cli
 
 from openvino_export.memory.k_center import farthest_first, nearest
 from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.update import Update
 
 T = TypeVar("T")
 
@@ -106,14 +107,16 @@ def _selection(root: Path, name: str, picks: int) -> None:
     print(f"| farthest_first | {ours:.2f} | {nearest(points, points[index])[0].max():.2f} |", flush=True)
 
     def stream() -> MemoryBank:
-        bank = MemoryBank(picks)
+        update = Update(MemoryBank(picks))
         for patches in points.reshape(len(images), -1, points.shape[1]):
-            bank.learn(patches, name)
-        bank.commit()
-        return bank
+            update.add(patches, name)
+        update.commit()
+        return update.bank
 
     streamed, bank = _timed(stream)
-    print(f"| MemoryBank, image by image | {streamed:.2f} | {nearest(points, bank.vectors)[0].max():.2f} |", flush=True)
+    print(
+        f"| MemoryBank, image by image | {streamed:.2f} | {nearest(points, bank.vectors())[0].max():.2f} |", flush=True
+    )
     theirs, coreset = _timed(lambda: KCenterGreedy(embedding, picks / len(points)).sample_coreset())
     radius = nearest(points, coreset.numpy())[0].max()
     print(f"| Anomalib KCenterGreedy | {theirs:.2f} | {radius:.2f} |")
@@ -131,8 +134,10 @@ def _search(sizes: list[int], repetitions: int = 20) -> None:
         model = ContinualPatchCore(memory_size=size).eval()
         generator = np.random.default_rng(0)
         dimension = model.model.memory_bank.shape[1]
-        model.model.bank.learn(generator.normal(size=(size, dimension)).astype(np.float32), "random")
-        model.model.bank.commit()
+        update = Update(model.model.bank)
+        update.add(generator.normal(size=(size, dimension)).astype(np.float32), "random")
+        update.commit()
+        model.model.bank = update.bank
         model.model.refresh()
         patches = model.model.embed(image).flatten(1, 2)[0]
         features = np.median([_timed(lambda m=model: m.model.embed(image))[0] for _ in range(repetitions)])
