@@ -5,6 +5,7 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ class MultiCategory(AnomalibDataModule):
         self.datamodules = dict(zip(names, datamodules, strict=True))
         self._category_of: dict[str, str] = {}
 
-    @property
+    @cached_property
     def name(self) -> str:  # type: ignore[override]  # a property in Anomalib, too
         """Name of the folder that holds all categories, below which Anomalib repeats their folders for pictures."""
         roots = [getattr(datamodule, "root", None) for datamodule in self.datamodules.values()]
