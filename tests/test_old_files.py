@@ -96,23 +96,21 @@ def judged_by_the_graph(bundle: Path) -> list[Said]:
 
 
 def reported(report: Any) -> Said:  # noqa: ANN401
-    """Return what an update did, without the time."""
+    """Return what an update did, without what it took."""
     by_variant = {name: dict(getattr(report, name)) for name in ("variants", "added", "removed")}
-    names = ("known_images", "radius_bound", "num_vectors", "nbytes")
-    return {**by_variant, **{name: getattr(report, name) for name in names}}
+    return {**by_variant, **{name: getattr(report, name) for name in ("known_images", "radius_bound", "num_vectors")}}
 
 
 def known(model: ContinualPatchCore) -> Said:
     """Return what a model says about all images, and its thresholds by variant."""
-    bank = model.model.bank
-    thresholds = {name: {kind: list(row) for kind, row in bank.thresholds(name).items()} for name in bank.variants}
+    thresholds = {kind: getattr(model.post_processor, f"{kind}_values").tolist() for kind in ("image", "pixel")}
     return {"judged": judged(model), "thresholds": thresholds}
 
 
 def ask_bundle(bundle: Path) -> Said:
     """Judge, learn few images of a new product, and save."""
     detector = EdgeDetector(bundle)
-    info = {key: value for key, value in detector.info().items() if key not in {"bundle", "anomalib_ext"}}
+    info = {key: value for key, value in detector.info().items() if key not in {"bundle", "anomalib_ext", "bytes"}}
     said: Said = {"info": info, "judged": judged_at_the_edge(detector), "graph": judged_by_the_graph(bundle)}
     said["learned"] = reported(detector.learn(files("checks/good/*.png")[:2], "checks").report)
     detector.save()
