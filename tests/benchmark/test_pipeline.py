@@ -14,6 +14,7 @@ import pytest
 from anomalib_ext.benchmark import benchmark, pipeline
 from anomalib_ext.benchmark.report import METRIC_TITLES
 from anomalib_ext.benchmark.results import Row
+from anomalib_ext.benchmark.tasks import Task, embed
 from anomalib_ext.data import MultiCategory
 
 PRODUCTS = ("stripes", "dots", "checks")
@@ -40,12 +41,21 @@ def _rows(folder: Path) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def run(products: Path, make_model: Callable[..., Any]) -> Run:
-    """Return a function that runs the benchmark on the products of the tests."""
+    """Return a function that runs the benchmark on the products of the tests, embedded once, without its report."""
+    embedded: dict[str, Task] = {}
+
+    def embed_once(model: Any, datamodule: Any, name: str) -> Task:  # noqa: ANN401
+        if name not in embedded:
+            embedded[name] = embed(model, datamodule, name)
+        return embedded[name]
 
     def start(folder: Path, categories: Sequence[str] = PRODUCTS, **kwargs: Any) -> list[Row]:  # noqa: ANN401
         data = MultiCategory(root=products, num_workers=0, val_split_mode="from_test", seed=0, categories=categories)
         options = {"learners": LEARNERS, "orders": 1, "pixel_stride": STRIDE, **kwargs}
-        return benchmark(make_model(), data, results_dir=folder, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "embed", embed_once)
+            patch.setattr(pipeline, "write_report", lambda _rows, _folder: None)
+            return benchmark(make_model(), data, results_dir=folder, **options)
 
     return start
 
@@ -184,19 +194,20 @@ def test_unknown_names(run: Run, tmp_path: Path) -> None:
 
 def test_drift(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten steps of one product, each judged as it is then; what is done is not even embedded again."""
-    settings = {"orders": 0, "mixed": False, "drifts": {"dots": ["blur"]}}
-    rows = run(tmp_path, learners={"reservoir": [50]}, **settings)
-    assert [row.task for row in rows if row.step == 10] == [f"blur {level}" for level in range(1, 11)]
-    assert {row.stream for row in rows} == {"dots, blur"}
-    embedded = []
+    settings = {"categories": ["dots"], "orders": 0, "mixed": False, "drifts": {"dots": ["blur"]}}
+    embedded: list[Any] = []
 
     def recorded(*args: Any) -> Any:  # noqa: ANN401
-        embedded.append(args)
-        return drift_stream(*args)
+        embedded.append(embedded[0] if embedded else drift_stream(*args))
+        return embedded[-1]
 
     drift_stream = pipeline.drift_stream
     monkeypatch.setattr(pipeline, "drift_stream", recorded)
-    assert run(tmp_path, learners={"reservoir": [50]}, **settings) == rows
-    assert not embedded
-    run(tmp_path, learners={"reservoir": [50, 60]}, **settings)
+    rows = run(tmp_path, learners={"reservoir": [50]}, **settings)
+    assert [row.task for row in rows if row.step == 10] == [f"blur {level}" for level in range(1, 11)]
+    assert {row.stream for row in rows} == {"dots, blur"}
     assert len(embedded) == 1
+    assert run(tmp_path, learners={"reservoir": [50]}, **settings) == rows
+    assert len(embedded) == 1
+    run(tmp_path, learners={"reservoir": [50, 60]}, **settings)
+    assert len(embedded) == 2

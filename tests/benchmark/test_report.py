@@ -17,19 +17,19 @@ PRODUCTS = ("stripes", "dots", "checks")
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """Return rows of three learners, in one order and mixed, and of few images."""
+    """Return rows of learners in one order, and of some mixed and of few images."""
     rng = np.random.default_rng(0)
     learners = (f"{Joint.title}, 300", "reservoir, 300", "reservoir, 100")
     streams = [
         Row(stream, 1, learner, step, learned, task, *rng.uniform(0.5, 1, 6), *rng.uniform(1, 100, 4))
         for stream in ("products", "mixed")
-        for learner in learners
+        for learner in (learners if stream == "products" else learners[:2])
         for step, learned in enumerate(PRODUCTS, start=1)
         for task in PRODUCTS[:step]
     ]
     few = [
         Row("few-shot", 1, learner, count, task, task, *rng.uniform(0.5, 1, 6), *rng.uniform(1, 100, 4))
-        for learner in learners
+        for learner in learners[:2]
         for count in (1, 2)
         for task in PRODUCTS
     ]
@@ -57,7 +57,7 @@ def test_report(rows: list[Row], tmp_path: Path) -> None:
 def test_without_masks(rows: list[Row], tmp_path: Path) -> None:
     """Without pixel metrics there are no tables and plots of them."""
     nan = float("nan")
-    write_report([replace(row, pixel_AUROC=nan, pixel_AUPRO=nan) for row in rows], tmp_path)
+    write_report([replace(row, pixel_AUROC=nan, pixel_AUPRO=nan) for row in rows if row.stream == "products"], tmp_path)
     assert not list(tmp_path.glob("products_pixel*"))
     assert (tmp_path / "products_image_AUROC.png").exists()
 

@@ -39,7 +39,7 @@ from anomalib_ext.models.het_net.loss import HetNetLoss
 
 PERTURBATIONS = Path(__file__).parents[2] / "configs" / "perturbations"
 WARM_UP = 5  # steps that are not timed
-METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
+TEST_METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def run(settings: Settings, name: str, product: str, seed: int, perturbed: bool)
             for kind, transform in kinds.items():
                 seed_everything(0)  # the same perturbations for all
                 (result,) = engine.test(model, datamodule=data(test_augmentations=transform), verbose=False)
-                metrics = {metric: float(result[metric]) for metric in METRICS}
+                metrics = {metric: float(result[metric]) for metric in TEST_METRICS}
                 rows.append({"model": f"{name} {student}".strip(), "images": kind, **metrics})
         path = model.cpu().to_openvino(Path(folder) / "exported", input_size=(settings.size, settings.size))
         # In a process of its own: in this one, the same file may run at a third of its speed.
@@ -229,13 +229,13 @@ def _table(title: str, rows: pd.DataFrame, index: str, columns: Sequence[str]) -
 
 def _report(rows: pd.DataFrame) -> None:
     clean = rows[rows["images"] == "clean"]
-    columns = [*METRICS, "seconds a step", "peak MiB", "images/s exported"]
+    columns = [*TEST_METRICS, "seconds a step", "peak MiB", "images/s exported"]
     for product, group in clean.groupby("product", sort=False):
         _table(f"{product}, clean test images", group, "model", columns)
     _table("mean of the products, clean test images", clean, "model", columns)
     if len(clean) < len(rows):
         for name, group in rows[rows["perturbed"]].groupby("model", sort=False):
-            _table(f"{name}, mean of the products, by perturbation", group, "images", METRICS)
+            _table(f"{name}, mean of the products, by perturbation", group, "images", TEST_METRICS)
 
 
 def main(

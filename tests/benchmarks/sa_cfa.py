@@ -46,8 +46,8 @@ VARIANTS = {
     "CFA, ratio 0.5": (0.0, 0.5, None),
 }
 RATIO = 0.01
-METRICS = ("image AUROC", "F1max", "pixel AUROC", "AUPRO")
-FIGURES = (*METRICS, "build, s", "search, ms", "image, ms", "bank, MB")
+ACCURACY = ("image AUROC", "F1max", "pixel AUROC", "AUPRO")
+FIGURES = (*ACCURACY, "build, s", "search, ms", "image, ms", "bank, MB")
 
 
 def _seconds(function: Callable[[], T]) -> tuple[float, T]:
@@ -64,7 +64,7 @@ def _milliseconds(function: Callable[[], object], rounds: int = 15) -> float:
 
 def _evaluate(model: Callable[[torch.Tensor], InferenceBatch], test: Test) -> dict[str, float]:
     image, pixel = ["pred_score", "gt_label"], ["anomaly_map", "gt_mask"]
-    metrics = dict(zip(METRICS, (AUROC(image), F1Max(image), AUROC(pixel), AUPRO(pixel)), strict=True))
+    metrics = dict(zip(ACCURACY, (AUROC(image), F1Max(image), AUROC(pixel), AUPRO(pixel)), strict=True))
     results = [model(tensor) for tensor, _ in test]
     # In [0, 1], or torchmetrics would press the values through a sigmoid, which makes large ones equal.
     highest_score, highest_pixel = (
@@ -208,7 +208,7 @@ def _table(heading: str, rows: dict[str, list[dict[str, float]]]) -> None:
         cells = []
         for figure in figures:
             values = [run[figure] for run in runs if figure in run]
-            digits = 4 if figure in METRICS else 2
+            digits = 4 if figure in ACCURACY else 2
             cells.append(f"{fmean(values):.{digits}f}" if values else "not measured")
         print(f"| {name} | {' | '.join(cells)} |")
     agreement = [run["agreement"] for run in rows["Patchcore"] if "agreement" in run]
@@ -249,7 +249,7 @@ def main(
                 every.setdefault(name, []).append(figures)
                 print(f"<!-- {backbone} {product} {name} {figures} -->", flush=True)
             _table(f"{product}, {backbone}", rows)
-        means = {name: [{m: fmean(run[m] for run in runs) for m in METRICS}] for name, runs in every.items()}
+        means = {name: [{m: fmean(run[m] for run in runs) for m in ACCURACY}] for name, runs in every.items()}
         _table(f"mean of {', '.join(products)}, {backbone}", means)
 
 
