@@ -13,8 +13,11 @@ import torch
 from anomalib.data import InferenceBatch
 
 from anomalib_ext.models.components.patchcore import anomaly_maps, search
+from openvino_export.memory import state as memory_state
 from openvino_export.memory.k_center import farthest_first, nearest
-from openvino_export.memory.memory_bank import MemoryBank, f1_threshold
+from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.thresholds import calibration_patches, f1_threshold, thresholds
+from openvino_export.memory.update import Update
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,40 +111,46 @@ class ContinualPatchCoreLearner(Learner):
 
     def nbytes(self) -> int:
         """Bytes of the bank, with what renews the thresholds."""
-        return self.memory.nbytes
+        return self.memory.nbytes()
 
     def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
         """Learn, and let the validation images set the thresholds, as a fit does."""
         del seen
+        update = Update(self.memory)
         for image in images:
-            self.memory.learn(image, task.variant if task else None)
-        self.memory.commit()
-        if task is None:
-            return
-        patches, vectors = task.validation.patches.flatten(1, 2).numpy(), self.memory.vectors
-        kept = [self.memory.calibration_patches(task.variant, image, nearest(image, vectors)[0]) for image in patches]
-        self.memory.calibrate(task.variant, np.stack(kept), task.validation.labels.numpy())
+            update.add(image, task.variant if task else None)
+        if task is not None:
+            update.flush()
+            bank, validation = update.bank, task.validation
+            vectors = bank.vectors()
+            kept = [
+                calibration_patches(bank, task.variant, image, nearest(image, vectors)[0])
+                for image in validation.patches.flatten(1, 2).numpy()
+            ]
+            update.calibrate(task.variant, np.stack(kept), validation.labels.numpy())
+        update.commit()
+        self.memory = update.bank
 
     def predict(self, images: Images, task: Task) -> Any:  # noqa: ANN401  # with variant
         """As the model does."""
         del task
         self._model.bank = self.memory
         self._model.refresh()
-        return self._model.judge(images.patches, *self._model.search(images.patches), images.size)
+        return self._model.score(images.patches, *self._model.search(images.patches), images.size)
 
     def decide(self, test: Any, validation: InferenceBatch, task: Task) -> torch.Tensor:  # noqa: ANN401  # with variant
         """By the threshold of the variant that each image is found to be of."""
         del validation, task
-        thresholds = torch.tensor([self.memory.thresholds(name)["image"][0] for name in self.memory.variants])
-        return test.pred_score > thresholds[test.variant]
+        limits = torch.tensor([thresholds(self.memory, name)["image"][0] for name in self.memory.variants])
+        return test.pred_score > limits[test.variant]
 
     def state(self) -> State:
         """The bank."""
-        return self.memory.to_arrays()
+        return memory_state.to_arrays(self.memory)
 
     def load(self, state: State) -> None:
         """Go on with a bank."""
-        self.memory = MemoryBank.from_arrays(*state)
+        self.memory = memory_state.from_arrays(*state).bank
 
 
 class Joint(Learner):

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.models import ContinualPatchCore
-from openvino_export.memory.augment import FEW_IMAGES
 from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.update import FEW_IMAGES
 
 from .cadic import Cadic
 from .learners import ContinualPatchCoreLearner, Joint, LastProduct, Learner, PerProduct, Reservoir
@@ -319,7 +319,7 @@ def _few_shot(
                 costs = _learn(learner, Step("", images, task, 1), images)
             else:
                 learner = ContinualPatchCoreLearner(size, 0, model.model)
-                model.model.bank, model.one_shot = MemoryBank(size), views
+                model.model.bank, model.few_shot_views = MemoryBank(size), views
                 report = model.partial_fit(list(paths[:count]), task.variant)
                 learner.memory = model.model.bank
                 # Its memory is not known apart from that of the features, which it makes by itself.
