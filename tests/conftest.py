@@ -146,7 +146,7 @@ def model_config() -> dict[str, Any]:
     pre_processor = {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": transform}}
     return {
         "class_path": "ContinualPatchCore",
-        "init_args": {"pre_processor": pre_processor, "memory_size": 400, "one_shot": False},
+        "init_args": {"pre_processor": pre_processor, "memory_size": 400, "few_shot_views": False},
     }
 
 

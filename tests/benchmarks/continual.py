@@ -136,15 +136,15 @@ def _few_shot(model: ContinualPatchCore, products: dict[str, Product], size: int
     _row(["images, views", *products, "mean"])
     _row(["---"] * (len(products) + 2))
     for count in (1, 4, 16):
-        for one_shot in (False, True) if count <= FEW_IMAGES else (False,):
+        for few_shot_views in (False, True) if count <= FEW_IMAGES else (False,):
             cells, decisions = [], []
             for product in products.values():
                 model.model.bank = MemoryBank(size)
-                model.one_shot = one_shot
+                model.few_shot_views = few_shot_views
                 model.partial_fit(torch.stack(product.images[:count]), product.name)
                 cells.append(product.auroc(model.model.bank.vectors()))
                 decisions.append(product.errors(model.model.bank))
-            views = "with" if one_shot else "without"
+            views = "with" if few_shot_views else "without"
             _row([f"{count}, {views}", *(f"{cell:.3f}" for cell in cells), f"{np.mean(cells):.3f}"])
             errors.append([f"{count}, {views}", *decisions])
     print("\nGood images called anomalous / anomalous called good, thresholds without a validation set\n")
