@@ -159,11 +159,13 @@ def _unlabelled(products: dict[str, Product], size: int) -> None:
     bank = MemoryBank(size)
     found: dict[str, Counter[str]] = {name: Counter() for name in products}
     for name, product in products.items():
+        update = Update(bank)
         for image in product.train:
-            variant = bank.learn(image)
+            variant = update.add(image)
             assert variant is not None
             found[name][variant] += 1
-        bank.commit()
+        update.commit()
+        bank = update.bank
     _row([
         "product",
         "images by variant found",
