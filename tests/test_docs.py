@@ -27,13 +27,22 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "anomalib_ext" / "models").glob("*/README.md")),
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
 ]
 # Those that are not run at all.
 NOT_RUN = {
     "python3 -m venv .venv": "makes the user's environment; the CI makes two with the same commands",
     '.venv/bin/pip install -e ".[train,offline]"': "installs into it; the CI installs these extras",
     '.venv/bin/pip install -e ".[train,offline,test]"': "likewise",
+    '.venv/bin/pip install -e ".[train,offline,test,docs]"': "likewise",
     ".venv/bin/pytest": "these very tests",
+    ".venv/bin/pytest -m slow": "likewise",
+    ".venv/bin/pytest tests/test_metrics.py -k NAME": "likewise",
+    ".venv/bin/ruff check .": "the CI does it",
+    ".venv/bin/ruff format .": "likewise",
+    ".venv/bin/mypy anomalib_ext openvino_export": "likewise",
+    ".venv/bin/sphinx-build --quiet --fail-on-warning docs docs/_build": "likewise",
     "pip install .": "installs into the edge PC's environment; the CI does, and tests there",
     'uv pip install --python application/backend/.venv ".[train,offline]"': "needs Studio",
     "PL_TRAINER_MAX_EPOCHS=1 anomalib benchmark --config configs/benchmark/small/dinomaly.yaml": "Anomalib's model "
