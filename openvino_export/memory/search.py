@@ -109,8 +109,10 @@ class NearestNeighbors:
         distances = _distances(queries, rows, self.vectors, columns)
         np.minimum.at(nearest, rows, distances)
         best = distances == nearest[rows]
-        index[rows[best]] = columns[best]
-        return nearest, self.order[index]
+        # Of vectors that are equally near the first, as in torch: two variants may share some.
+        first = np.full(len(queries), len(self.order))
+        np.minimum.at(first, rows[best], self.order[columns[best]])
+        return nearest, np.where(first < len(self.order), first, self.order[index])
 
     def _begin(self, queries: Array) -> tuple[Array, NDArray[np.bool_], Array, NDArray[np.int64]]:
         """Project queries, and compare each with the vector of its own cell that is nearest there.

@@ -115,7 +115,8 @@ class Update:
         self.pools = {pool.name: pool for pool in pools}
         self.report = Report()
         self._committed = _counts(bank)
-        self._waiting: dict[str | None, list[tuple[Array, Array | None]]] = {}  # by name, until they are not few
+        # Images by name, until they are not few: each with its hash, and its patches unless it was known.
+        self._waiting: dict[str | None, list[tuple[Array, int, Array | None]]] = {}
         self._many: set[str | None] = set()  # names of which they are not
         self._recent: dict[str, list[Array]] = {}  # last learned images by variant
         self._calibrated: set[str] = set()  # variants
@@ -162,44 +163,51 @@ class Update:
 
         Raises:
             ValueError: If patches are not of shape `(n, d)`, of another dimension than the bank's, not finite or too
-                large, if the name is empty, or if the bank has no room for another variant. Nothing was learned then.
+                large, if the name is empty, or if the bank has no room for another variant. Nothing was learned then;
+                of images without a name those before the one that has no room.
         """
         if item.ndim != 4:
             return self._add_patches(item, variant, image_hash)
+        given = self._embedded(item, patches)
+        if variant is not None and any(own is not None for *_, own in given):
+            self._check_name(variant)
         waiting = self._waiting.setdefault(variant, [])
-        waiting.append((item, patches))
-        count = sum(len(images) for images, _ in waiting) + self.images(variant or "")
-        if not self.few_shot_views or count > FEW_IMAGES:
+        waiting += given
+        if not self.few_shot_views or len(waiting) + self.images(variant or "") > FEW_IMAGES:
             self._many.add(variant)
         if variant in self._many:
             self._add_waiting(variant)
         return None
 
-    def _add_waiting(self, variant: str | None) -> None:
-        for images, patches in self._waiting.pop(variant, ()):
-            self._add_images(images, variant, patches)
-
-    def _add_images(self, images: Array, variant: str | None, patches: Array | None) -> None:
-        assert self.embed is not None, "images need `embed`"
+    def _embedded(self, images: Array, patches: Array | None) -> list[tuple[Array, int, Array | None]]:
+        """Images with their hashes, and with their patches, which are fit to be learned, unless they are known."""
         hashes = [image_hash(image) for image in images]
         new = [i for i, value in enumerate(hashes) if not self.knows(value)]
+        own: dict[int, Array] = {}
         if patches is not None:
-            own = dict(enumerate(patches))
-        else:
-            embedded = self.embed(images[new]) if new else np.empty((0, 0, 0, 0), np.float32)
-            own = {i: one.reshape(-1, one.shape[-1]) for i, one in zip(new, embedded, strict=True)}
-        for i, value in enumerate(hashes):
-            if i not in new:
+            own = {i: patches[i] for i in new}
+        elif new:
+            assert self.embed is not None, "images need `embed`"
+            embedded = self.embed(images[new])
+            own = dict(zip(new, embedded.reshape(len(new), -1, embedded.shape[-1]), strict=True))
+        for one in own.values():
+            check_patches(one, self._dimension(), self.bank.dtype)
+        return [(image, value, own.get(i)) for i, (image, value) in enumerate(zip(images, hashes, strict=True))]
+
+    def _add_waiting(self, variant: str | None) -> None:
+        for image, value, patches in self._waiting.pop(variant, ()):
+            if patches is None:
                 self.report.known_images += 1
                 name = self._resumed.pop(value, None)
             else:
                 views = None
                 if variant not in self._many:
-                    embedding = self.embed(augmented_views(images[i], NUM_VIEWS, seed=value))
+                    assert self.embed is not None, "views need `embed`"
+                    embedding = self.embed(augmented_views(image, NUM_VIEWS, seed=value))
                     views = embedding.reshape(-1, embedding.shape[-1])
-                name = self._add_patches(own[i], variant, value, views)
+                name = self._add_patches(patches, variant, value, views)
             if name is not None:
-                self._recent[name] = [*self._recent.get(name, []), images[i]][-RECENT_IMAGES:]
+                self._recent[name] = [*self._recent.get(name, []), image][-RECENT_IMAGES:]
 
     def _add_patches(
         self, patches: Array, variant: str | None, value: int | None, views: Array | None = None
@@ -212,12 +220,9 @@ class Update:
             self.report.known_images += 1
             return None
         start = time.perf_counter()
-        if variant is not None and not variant:
-            msg = "The name of a variant must not be empty; without one, the variant of each image is found."
-            raise ValueError(msg)
         if variant is None:
             variant = self.identify(patches) or self._new_name()
-        self._check_room([variant])
+        self._check_name(variant)
         pool = self._pool_of(variant, patches.shape[1])
         score = pool.absorb(patches.astype(np.float32, copy=False))
         if np.isfinite(score):
@@ -246,6 +251,7 @@ class Update:
             check_patches(other.vectors(), self._dimension(), self.bank.dtype)
         self._check_room(other.variants)
         self.flush()
+        self._check_room(other.variants)  # images that had waited without a name may be of new variants
         unknown: dict[str, Variant] = {}
         for name, variant in other.variants.items():
             if name not in self.bank.variants:
@@ -334,9 +340,17 @@ class Update:
         """Dimension of all that was learned, None before anything was."""
         return next((pool.points.shape[1] for pool in self.pools.values()), self.bank.dimension())
 
+    def _check_name(self, variant: str) -> None:
+        """Refuse the name of a variant that cannot be learned."""
+        if not variant:
+            msg = "The name of a variant must not be empty; without one, the variant of each image is found."
+            raise ValueError(msg)
+        self._check_room([variant])
+
     def _check_room(self, names: Iterable[str]) -> None:
         """Refuse variants for which not even one vector each is left."""
-        variants = {*self.bank.variants, *names, *self.pools}
+        waiting = {name for name, images in self._waiting.items() if any(own is not None for *_, own in images)}
+        variants = {*self.bank.variants, *names, *self.pools, *waiting} - {None}
         if len(variants) > self.bank.size:
             msg = (
                 f"A memory of {self.bank.size} vectors cannot hold {len(variants)} variants; use a larger memory_size."

@@ -115,6 +115,17 @@ def test_no_more_bounds_at_once_than_fit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(np.array_equal(one, other) for one, other in zip(parts, whole, strict=True))
 
 
+def test_of_equal_vectors_the_first_is_found() -> None:
+    """As in torch, so that images that vote by what two variants share are judged by the same of them."""
+    rng = np.random.default_rng(5)
+    bank = rng.normal(size=(400, 12)).astype(np.float32)
+    again = rng.integers(400, size=3000)
+    queries = bank[again[:200]] + np.float32(1e-3)
+    assert np.array_equal(NearestNeighbors(np.concatenate([bank, bank[again]])).search(queries)[1], again[:200])
+    backwards = NearestNeighbors(np.concatenate([bank[again], bank])).search(queries)[1]
+    assert np.array_equal(backwards, [np.flatnonzero(again == number)[0] for number in again[:200]])
+
+
 def test_no_query() -> None:
     """Nothing is found for nothing."""
     distances, index = NearestNeighbors(np.ones((5, 3), np.float32)).search(np.empty((0, 3), np.float32))
