@@ -139,7 +139,7 @@ def test_resuming_after_a_kill_gives_the_same_end(make: Make, make_data: Make, m
         return model
 
     whole = seeded(1)
-    make_engine(**kwargs).fit(whole, datamodule=data)
+    make_engine(**kwargs, callbacks=[ModelCheckpoint(save_top_k=0)]).fit(whole, datamodule=data)
     engine = make_engine(**kwargs, callbacks=[Kill(epoch=1)])
     with pytest.raises(KeyError, match="killed"):
         engine.fit(seeded(1), datamodule=data)
@@ -170,7 +170,8 @@ def test_mixed_precision_and_gradient_accumulation(make: Make, make_data: Make, 
     """Both work together; two batches make one step; a last batch of one image is learned; grey images are judged."""
     model = make()
     before = [parameter.detach().clone() for parameter in model.trainable_parameters()]
-    engine = make_engine(max_epochs=1, precision="bf16-mixed", accumulate_grad_batches=2)
+    kwargs = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "callbacks": [ModelCheckpoint(save_top_k=0)]}
+    engine = make_engine(max_epochs=1, **kwargs)
     engine.fit(model, datamodule=make_data(train_batch_size=19))
     assert engine.trainer.global_step == 1
     after = [parameter.detach() for parameter in model.trainable_parameters()]

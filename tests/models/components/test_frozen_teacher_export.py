@@ -65,7 +65,7 @@ def assert_same(path: Path, images: torch.Tensor, model: AnomalibModule) -> None
             assert (result["pred_mask"] != expected["pred_mask"]).mean() < 1e-3
 
 
-@pytest.mark.parametrize("make", [lambda: rd_akf("position"), het_net])
+@pytest.mark.parametrize("make", [lambda: rd_akf("position"), pytest.param(het_net, marks=pytest.mark.slow)])
 def test_openvino(make: Make, make_engine: Make, tmp_path: Path) -> None:
     """The folder says the same as torch, for one image and for several, and what it was made from."""
     model = prepared(make())
@@ -75,6 +75,7 @@ def test_openvino(make: Make, make_engine: Make, tmp_path: Path) -> None:
     assert (metadata["model"], metadata["backbone"]) == (type(model).__name__, "resnet18")
 
 
+@pytest.mark.slow
 def test_onnx(make_engine: Make, tmp_path: Path) -> None:
     """So does Anomalib's own export; the OpenVINO model of the other test was converted from the same graph."""
     model = prepared(rd_akf("content"))

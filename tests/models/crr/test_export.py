@@ -21,6 +21,7 @@ Make = Callable[..., Any]
 COMMON = {"encoder": "test_vit", "pre_trained": False, "head_width": 8, "visualizer": False}
 
 
+@pytest.mark.slow
 def test_openvino(make_engine: Make, tmp_path: Path) -> None:
     """For one image and for several, each time alike; the encoder was made for another size, and the middle is cropped.
 

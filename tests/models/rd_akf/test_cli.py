@@ -83,6 +83,7 @@ def test_the_command_with_the_config(products: Path, tmp_path: Path, monkeypatch
     assert torch.load(path, weights_only=True)["hyper_parameters"]["weighting"] == "position"
 
 
+@pytest.mark.slow
 def test_two_processes_learn_like_one(tmp_path: Path) -> None:
     """With the same global batch, the losses agree."""
     (tmp_path / "script.py").write_text(dedent(SCRIPT), encoding="utf-8")

@@ -21,20 +21,9 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 @pytest.fixture(scope="module")
-def model(make_data: Make, tmp_path_factory: pytest.TempPathFactory) -> SaCfaPatchCore:
+def model(fitted: tuple[SaCfaPatchCore, Path, float]) -> SaCfaPatchCore:
     """Return a model of stripes with thresholds."""
-    from anomalib.engine import Engine
-
-    model = SaCfaPatchCore(
-        "tf_efficientnet_lite0",
-        ["blocks.1", "blocks.2"],
-        coreset_sampling_ratio=0.05,
-        pre_processor=SaCfaPatchCore.configure_pre_processor((64, 64), "tf_efficientnet_lite0"),
-        visualizer=False,
-    )
-    engine = Engine(default_root_dir=tmp_path_factory.mktemp("fit"), accelerator="cpu", enable_progress_bar=False)
-    engine.fit(model, datamodule=make_data("stripes"))
-    return model.eval()
+    return fitted[0]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +85,7 @@ def test_openvino(
     assert_same(path, images, expected)
     metadata = json.loads((path.parent / "metadata.json").read_text())
     assert metadata["model"] == "SaCfaPatchCore"
-    assert metadata["layers"] == ["blocks.1", "blocks.2"]
+    assert metadata["layers"] == ["layer1", "layer2"]
     assert {file.name for file in path.parent.iterdir()} >= {"model.xml", "model.bin", "metadata.json"}
     assert not (path.parent / "bank.safetensors").exists()
     monkeypatch.chdir(tmp_path)  # the inferencer caches in the working folder
