@@ -123,24 +123,6 @@ def test_segment_loss_is_the_focal_loss(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(loss, (-((1 - p_t) ** 2) * p_t.log()).mean())
 
 
-def test_the_head_learns_from_the_images_with_anomalies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of half of the batch, with their own masks."""
-    crr = make_crr()
-    crr.model.steps = [4, 0]
-    seen = []
-    monkeypatch.setattr(lightning_model, "segment_loss", lambda *args: seen.append(args) or torch.zeros(()))
-    monkeypatch.setattr(crr, "_learn_from", lambda *_: None)
-    monkeypatch.setattr(crr, "log", lambda *_, **__: None)
-    clean, anomalous = torch.rand(4, 3, SIDE, SIDE), torch.rand(4, 3, SIDE, SIDE)
-    masks = torch.randint(2, (4, SIDE, SIDE), dtype=torch.uint8)
-    batch = ImageBatch(image=torch.cat([clean, anomalous]), gt_mask=torch.cat([torch.zeros_like(masks), masks]))
-    crr.training_step(batch, 0)
-    ((model, images, given),) = seen
-    assert model is crr.model
-    assert torch.equal(images, anomalous[:2])
-    assert torch.equal(given, masks[:2])
-
-
 def test_optimizers() -> None:
     """Those of the paper; the schedule warms up for 100 steps, and ends at a tenth."""
     (first, second), (schedule,) = make_crr(repair_steps=10_000).configure_optimizers()
