@@ -2,6 +2,7 @@
 """What the tests of the models share: small products, datamodules and models, all without network."""
 
 import faulthandler
+import inspect
 import os
 import random
 
@@ -41,14 +42,31 @@ def product_image(product: str, rng: np.random.Generator, defect: bool = False) 
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Have loaders shuffle alike in every run, and a crash say where it was."""
+    """Have loaders shuffle alike in every run, a crash say where it was, and an export be quick."""
     import torch
+    import torch.fx.config
 
     # Lightning's trainer resets the handler of every signal that Python does not know of, this one's among them.
     faulthandler.enable(item.config.stash[fault_handler_stderr_fd_key])
+    # An export would note with each node where in the program it was made: nearly half of its time.
+    torch.fx.config.do_not_emit_stack_traces = True
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  # Anomalib's own generators
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def set_defaults() -> Callable[..., None]:
+    """Return a function that changes what a function takes where its caller gives nothing."""
+
+    def change(patch: pytest.MonkeyPatch, function: Any, **values: Any) -> None:  # noqa: ANN401
+        parameters = inspect.signature(function).parameters.values()
+        names = [each.name for each in parameters if each.default is not each.empty]
+        defaults = dict(zip(names, function.__defaults__, strict=True))
+        assert values.keys() <= defaults.keys()
+        patch.setattr(function, "__defaults__", tuple({**defaults, **values}.values()))
+
+    return change
 
 
 @pytest.fixture(scope="session")

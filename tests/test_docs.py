@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Generator
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,21 +55,33 @@ HET_NET = "--model.backbone resnet18 --model.transformer test_vit --model.transf
 CLASSES = ("folder_of_class_folders", "classes")
 FINETUNE = "--backbone tf_efficientnet_lite0 --max_epochs 1 --accelerator cpu"
 SMALLER = {
+    "anomalib train --config configs/model/continual_patch_core_edge.yaml": "--data.num_workers 0",
     "anomalib train --config configs/model/crr.yaml": CRR,
     "anomalib train --config configs/model/het_net.yaml": UNTRAINED + SHORT + HET_NET,
     "anomalib train --config configs/model/rd_akf.yaml": UNTRAINED + SHORT + "--model.backbone resnet18",
     "anomalib train --config configs/model/sa_cfa_patchcore.yaml": SA_CFA,
+    "anomalib train --model ContinualPatchCore --data MVTecAD": "--data.num_workers 0",
     "anomalib train --model Crr": CRR,
     "anomalib train --model RdAkf": UNTRAINED + SHORT,
     "anomalib train --model SaCfaPatchCore": SA_CFA,
     "anomalib train --model Padim": UNTRAINED + "--model.layers '[layer3]'",
     "anomalib test --config configs/model/het_net.yaml": UNTRAINED + HET_NET,
+    "anomalib-ext stream --model": "--data.num_workers 0",
     "anomalib-ext benchmark": "--data.categories '[hazelnut, cookie]' --learners '{reservoir: [50]}' --orders 1 "
     "--mixed false --shots '[]' --data.root datasets --drifts '{}'",
     "anomalib-ext finetune": FINETUNE,
     "python tests/benchmarks/continual.py": "--products '[hazelnut, pill]' --sizes '[50]' --orders 1 --few_shot false",
     "python tests/benchmarks/synthesis.py": "--count 2 --sides '[64]'",
 }
+# Those that take longest, by how they begin, where a quick one is much the same; none needs what another one made.
+SLOW = (
+    "PL_TRAINER_MAX_EPOCHS=3 anomalib benchmark --config configs/benchmark/small/reverse_distillation.yaml",
+    "PL_TRAINER_MAX_EPOCHS=2 anomalib benchmark --config configs/benchmark/small/het_net.yaml",
+    "anomalib benchmark --config configs/benchmark/small/crr.yaml",
+    "anomalib train --config configs/model/crr.yaml",
+    "anomalib train --model Crr --model.head_width",
+    "anomalib train --model Padim",
+)
 
 
 def commands() -> list[str]:
@@ -83,6 +96,11 @@ def commands() -> list[str]:
                 command = re.sub(r"(^|\s)#.*", "", line.removeprefix(indent).removeprefix("$ "))
                 found += [part.strip() for part in command.split("&&") if part.strip()]
     return list(dict.fromkeys(found))
+
+
+def marked(command: str) -> object:
+    """Return a command as a parameter, with a mark if it is slow."""
+    return pytest.param(command, marks=pytest.mark.slow if command.startswith(SLOW) else ())
 
 
 def parsed_only(command: str) -> bool:
@@ -128,18 +146,18 @@ def folder(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     for name in ("configs", "tests/benchmarks"):
         shutil.copytree(ROOT / name, folder / name)
-    few = ("00[3-9].png", "0[12]*.png", "00[3-9]_mask.png")
-    for source, target, left_out in (
-        ("stripes", "datasets/MVTecAD/bottle", ()),
-        ("dots", "datasets/MVTecAD/pill", ()),
-        ("checks", "datasets/my_product", ()),
-        ("stripes/train/good", "good_images", ()),
-        *(("dots", f"datasets/{name}", few) for name in ("hazelnut", "bottle", "pill", "cookie")),
-        ("dots", "datasets/visa/visa_pytorch/candle", few),
-        *(("stripes/train/good", f"{name}/images/striped", few) for name in ("datasets/dtd", "dtd")),
-        *((f"{name}/train/good", f"{classes}/{name}", few) for name in ("stripes", "dots") for classes in CLASSES),
+    three = shutil.ignore_patterns("00[3-9].png", "0[12]*.png", "00[3-9]_mask.png")
+    for source, target in (
+        ("stripes", "datasets/MVTecAD/bottle"),
+        ("dots", "datasets/MVTecAD/pill"),
+        ("checks", "datasets/my_product"),
+        ("stripes/train/good", "good_images"),
+        *(("dots", f"datasets/{name}") for name in ("hazelnut", "bottle", "pill", "cookie")),
+        ("dots", "datasets/visa/visa_pytorch/candle"),
+        *(("stripes/train/good", f"{name}/images/striped") for name in ("datasets/dtd", "dtd")),
+        *((f"{name}/train/good", f"{classes}/{name}") for name in ("stripes", "dots") for classes in CLASSES),
     ):
-        shutil.copytree(products / source, folder / target, ignore=shutil.ignore_patterns(*left_out))
+        shutil.copytree(products / source, folder / target, ignore=three)
     for kind in ("test", "ground_truth"):
         (folder / "datasets/my_product" / kind / "hole").rename(folder / "datasets/my_product" / kind / "defect")
     shutil.copy(products / "stripes/test/good/000.png", folder / "part.png")
@@ -149,9 +167,27 @@ def folder(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "application/backend/src/core").mkdir(parents=True)
     (folder / "docs/images").mkdir(parents=True)
     # Two products in place of four.
+    quickstart = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text(encoding="utf-8"))
+    del quickstart["data"]["datamodules"][2:]
+    (folder / "configs/quickstart.yaml").write_text(yaml.safe_dump(quickstart), encoding="utf-8")
     pictures = (ROOT / "docs/pictures.py").read_text(encoding="utf-8").replace(', "moon", "retina")', ")")
     (folder / "docs/pictures.py").write_text(pictures, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def small_defaults(set_defaults: Callable[..., None]) -> Generator[None]:
+    """Have models take small images by default, ContinualPatchCore a small backbone, and the example data be few."""
+    models = import_module("anomalib_ext.models")
+    photos = import_module("anomalib_ext.data.photo_variants")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TRAIN_IMAGES", "GOOD_TEST_IMAGES", "TEST_IMAGES_PER_DEFECT"):
+            patch.setattr(photos, name, getattr(photos, name) // 4)
+        for name in ("ContinualPatchCore", "SaCfaPatchCore", "RdAkf", "HetNet"):
+            set_defaults(patch, getattr(models, name).configure_pre_processor, image_size=(64, 64))
+        small = {"backbone": "resnet18", "layers": ("layer2", "layer3"), "pre_trained": False}
+        set_defaults(patch, models.ContinualPatchCore.__init__, **small)
+        yield
 
 
 @pytest.fixture
@@ -166,8 +202,8 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.usefixtures("process")
-@pytest.mark.parametrize("command", [each for each in commands() if each not in NOT_RUN])
+@pytest.mark.usefixtures("process", "small_defaults")
+@pytest.mark.parametrize("command", [marked(each) for each in commands() if each not in NOT_RUN])
 def test_command(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,7 +242,19 @@ def test_command(
         assert ":" in printed.out  # the configuration
 
 
-@pytest.mark.parametrize("program", ["anomalib", "anomalib-ext", "anomalib-edge"])
+@pytest.mark.slow
+def test_quickstart(tmp_path: Path) -> None:
+    """The first command, as it is: all of its data, and the default backbone."""
+    script = Path(sysconfig.get_path("scripts")) / "anomalib-ext"
+    command = [script, "stream", "--config", ROOT / "configs/quickstart.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "results/quickstart/results.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 1 + sum(range(1, 5))
+    assert len(list((tmp_path / "results/quickstart/images").iterdir())) == 4
+
+
+@pytest.mark.parametrize("program", [pytest.param("anomalib", marks=pytest.mark.slow), "anomalib-ext", "anomalib-edge"])
 def test_script(program: str) -> None:
     """The programs of the other test are installed by these names."""
     script = Path(sysconfig.get_path("scripts")) / program
@@ -230,7 +278,8 @@ def test_exceptions_are_needed() -> None:
     """What is listed above as not run is there."""
     there = commands()
     assert not NOT_RUN.keys() - set(there)
-    assert not [start for start in [*PARSED, *SMALLER] if not any(command.startswith(start) for command in there)]
+    starts = (*PARSED, *SMALLER, *SLOW)
+    assert not [start for start in starts if not any(command.startswith(start) for command in there)]
 
 
 def test_messages() -> None:
