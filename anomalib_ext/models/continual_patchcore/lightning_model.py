@@ -27,7 +27,7 @@ from anomalib_ext.data import MultiCategory
 from anomalib_ext.export import Bundle, BundleExport
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.training import InspectionModule, UnreadableImages, check_files
-from openvino_export.memory.update import Report, Update
+from openvino_export.memory.update import Report
 
 from .graph import bundle_content
 from .learning import add_images, image_thresholds, named_images
@@ -190,7 +190,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             ValueError: If there are no images, or one is unreadable, too small, of unsuitable depth or not finite.
         """
         named = named_images(images)
-        before, was_training = self.model.update, self.training
+        was_training = self.training
         self.eval()
         try:
             # As a trainer does it; the pre-processor's own call is for exported models, and resizes less smoothly.
@@ -200,7 +200,7 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
             add_images(update, self.model, named, prepare, self.variant if variant is None else variant, limits)
             report = self._commit()
         except BaseException:
-            self._drop_update(before)
+            self._drop_update()
             raise
         finally:
             self.train(was_training)
@@ -249,9 +249,9 @@ class ContinualPatchCore(BundleExport, InspectionModule, AnomalibModule):  # mos
         self.last_report = report
         return report
 
-    def _drop_update(self, before: Update | None = None) -> None:
-        """Forget the update that is under way, for the one before it if there was one."""
-        self.model.update = before
+    def _drop_update(self) -> None:
+        """Forget an update that is under way."""
+        self.model.update = None
         self._refresh()
 
     def _labels(self, batch: Batch) -> list[str | None]:
