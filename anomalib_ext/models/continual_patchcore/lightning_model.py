@@ -29,7 +29,7 @@ from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.checks import check_files
 from anomalib_ext.models.components.patchcore import PatchCoreModule
 from anomalib_ext.models.components.training import UnreadableImages
-from openvino_export.memory.update import Report, Update
+from openvino_export.memory.update import Report
 
 from .graph import bundle_content
 from .learning import add_images, image_thresholds, named_images
@@ -182,7 +182,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
             ValueError: If there are no images, or one is unreadable, too small, of unsuitable depth or not finite.
         """
         named = named_images(images)
-        before, was_training = self.model.update, self.training
+        was_training = self.training
         self.eval()
         try:
             # As a trainer does it; the pre-processor's own call is for exported models, and resizes less smoothly.
@@ -192,7 +192,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
             add_images(update, self.model, named, prepare, self.variant if variant is None else variant, limits)
             report = self._commit()
         except BaseException:
-            self._drop_update(before)
+            self._drop_update()
             raise
         finally:
             self.train(was_training)
@@ -237,9 +237,9 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         self.last_report = report
         return report
 
-    def _drop_update(self, before: Update | None = None) -> None:
-        """Forget the update that is under way, for the one before it if there was one."""
-        self.model.update = before
+    def _drop_update(self) -> None:
+        """Forget an update that is under way."""
+        self.model.update = None
         self._refresh()
 
     def _labels(self, batch: Batch) -> list[str | None]:

@@ -51,9 +51,9 @@ class ContinualPatchCoreModel(nn.Module):
 
     Attributes:
         bank: What was learned; all other state is derived from it.
-        update: The update that is under way, if there is one; None forgets it.
-        interrupted: An update that a checkpoint was saved in the middle of, once that is loaded. The next update goes
-            on with it, as if there had been no interruption.
+        update: The update that is under way, if there is one; setting it to None forgets it.
+        interrupted: An update in the middle of which a checkpoint was saved, once that is loaded, or another update
+            was begun. The next one goes on with it, as if there had been no interruption.
         searched: The bank that images are judged by since :meth:`refresh`.
     """
 
@@ -168,14 +168,13 @@ class ContinualPatchCoreModel(nn.Module):
     # Learning
 
     def begin_update(self, few_shot_views: bool) -> Update:
-        """Begin an update, or go on with one that is under way or was interrupted.
-
-        It is :attr:`update` until :meth:`end_update`.
+        """Begin an update, or go on with the one that was interrupted; it is :attr:`update` until :meth:`end_update`.
 
         Args:
             few_shot_views: Whether few images of a variant are learned with augmented views of them.
         """
-        self.update = _continued(self.update or self.interrupted or self.bank, self.embed_arrays, few_shot_views)
+        self.interrupted = self.update or self.interrupted
+        self.update = _continued(self.interrupted or self.bank, self.embed_arrays, few_shot_views)
         return self.update
 
     def end_update(self) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the scores, which are PatchCore's as long as the memory holds everything."""
 
+import copy
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,13 @@ from anomalib.data.utils.tiler import Tiler
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from PIL import Image
 
+from anomalib_ext.models import ContinualPatchCore
 from anomalib_ext.models.continual_patchcore.torch_model import ContinualPatchCoreModel
 
 Make = Callable[..., Any]
 
 BACKBONES = {
-    "resnet18": ["layer1", "layer2"],
+    "resnet10t": ["layer1", "layer2"],
     "tf_efficientnet_lite0": ["blocks.2", "blocks.4"],
 }
 
@@ -39,6 +41,15 @@ def double_precision() -> Generator[None]:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def learn(model: ContinualPatchCoreModel, images: torch.Tensor, variant: str) -> None:
+    """Have a model learn normalised images."""
+    update = model.begin_update(few_shot_views=False)
+    update.add(images.numpy(), variant)
+    update.commit()
+    model.end_update()
+    model.refresh()
 
 
 def patchcore_like(model: ContinualPatchCoreModel, images: torch.Tensor) -> PatchcoreModel:
@@ -72,9 +83,7 @@ def test_equals_patchcore_while_all_fits(backbone: str, num_neighbors: int, tile
         model.tiler = Tiler(tile_size=32, stride=16)
     normal = torch.cat([photos(products, product, "train/good", 4) for product in ("stripes", "dots")])
     for images, variant in zip(normal.split(4), ("stripes", "dots"), strict=True):
-        model.learn(images, variant)
-        model.bank.commit()
-    model.refresh()
+        learn(model, images, variant)
     images = torch.cat([photos(products, "stripes", "test/hole", 3), photos(products, "dots", "test/good", 3)])
     with double_precision():
         expected = patchcore_like(model, normal)(images)
@@ -88,10 +97,8 @@ def test_equals_patchcore_while_all_fits(backbone: str, num_neighbors: int, tile
 
 def test_patches_are_scored_one_image_at_a_time(products: Path) -> None:
     """A batch gives what its images give alone."""
-    model = ContinualPatchCoreModel("resnet18", ["layer1"], pre_trained=False, memory_size=300).eval()
-    model.learn(photos(products, "stripes", "train/good", 6), "stripes")
-    model.bank.commit()
-    model.refresh()
+    model = ContinualPatchCoreModel("test_resnet", ["layer1"], pre_trained=False, memory_size=300).eval()
+    learn(model, photos(products, "stripes", "train/good", 6), "stripes")
     images = photos(products, "stripes", "test/hole", 3)
     together = model(images)
     for i, image in enumerate(images):
@@ -105,41 +112,48 @@ def test_patches_are_scored_one_image_at_a_time(products: Path) -> None:
 def test_fewer_vectors_than_neighbors(memory_size: int, precision: str, products: Path) -> None:
     """A score is weighed by as many neighbors as there are; by none it is the distance itself."""
     model = ContinualPatchCoreModel(
-        "resnet18",
+        "test_resnet",
         ["layer1"],
         pre_trained=False,
         memory_size=memory_size,
         num_neighbors=9,
         precision=precision,
     ).eval()
-    model.learn(photos(products, "stripes", "train/good", 2), "stripes")
-    model.bank.commit()
-    model.refresh()
+    learn(model, photos(products, "stripes", "train/good", 2), "stripes")
     result = model(photos(products, "stripes", "test/hole", 2))
     assert (result.pred_score > 0).all()
     assert torch.isfinite(result.anomaly_map).all()
 
 
-def test_vision_transformer(make_model: Make, make_data: Make, make_engine: Make) -> None:
-    """A ViT learns and judges, and the number of tiles is its own matter."""
-    from anomalib_ext.models import ContinualPatchCore
+@pytest.mark.parametrize(("backbone", "layers"), [("test_resnet", ["layer1", "layer2"]), ("test_vit", ["blocks.1"])])
+def test_training_mode_learns_what_evaluation_sees(backbone: str, layers: list[str], products: Path) -> None:
+    """Batch norm and dropout of the backbone are those of evaluation also while the trainer trains."""
+    model = ContinualPatchCoreModel(backbone, layers, pre_trained=False)
+    images = torch.nn.functional.interpolate(photos(products, "stripes", "train/good", 2), 160)
+    expected = model.eval().embed(images)
+    before = copy.deepcopy(model.feature_extractor.state_dict())
+    assert torch.equal(model.train().embed(images), expected)
+    after = model.feature_extractor.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
-    model = make_model(
-        backbone="vit_tiny_patch16_224",
-        layers=["blocks.2", "blocks.5"],
-        pre_trained=False,
-        pre_processor=ContinualPatchCore.configure_pre_processor((224, 224), "vit_tiny_patch16_224"),
+
+def test_vision_transformer(make_tiny: Make, make_data: Make, make_engine: Make) -> None:
+    """A ViT learns and judges, and the number of tiles is its own matter."""
+    model = make_tiny(
+        backbone="test_vit",
+        layers=["blocks.1", "blocks.3"],
+        pre_processor=ContinualPatchCore.configure_pre_processor((160, 160), "test_vit"),
     )
     engine = make_engine(limit_train_batches=1)
     engine.fit(model, datamodule=make_data("stripes", eval_batch_size=4))
     batches = engine.predict(model, datamodule=make_data("stripes", eval_batch_size=4))
-    assert batches[0].anomaly_map.shape == (4, 224, 224)
+    assert batches[0].anomaly_map.shape == (4, 160, 160)
     assert engine.test(model, datamodule=make_data("stripes"))[0]["image_AUROC"] > 0.9
 
 
-def test_tiling_through_the_engine(make_model: Make, make_data: Make, make_engine: Make) -> None:
+def test_tiling_through_the_engine(make_tiny: Make, make_data: Make, make_engine: Make) -> None:
     """Anomalib's callback tiles for learning and for judging."""
-    model = make_model()
+    model = make_tiny()
     callbacks = [TilerConfigurationCallback(enable=True, tile_size=32, stride=32)]
     make_engine(callbacks=callbacks).fit(model, datamodule=make_data("stripes"))
     assert model.model.tiler is not None
