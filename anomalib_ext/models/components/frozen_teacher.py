@@ -64,14 +64,14 @@ class FrozenTeacherModule(InspectionModule):
         backbone_argument: Name of the constructor's argument that gives it.
         save_teachers: Whether checkpoints hold the teachers' weights. Without them, they are those of the model that
             a checkpoint is loaded into, which must be the same.
-        map_sized: Ends of the names of tensors as large as feature maps. Their size comes with a checkpoint, as the
-            pre-processor does.
+        map_size_suffixes: Ends of the names of tensors as large as feature maps. Their size comes with a checkpoint,
+            as the pre-processor does.
     """
 
     backbone: str
     backbone_argument = "backbone"
     save_teachers: bool
-    map_sized: tuple[str, ...] = ()
+    map_size_suffixes: tuple[str, ...] = ()
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class FrozenTeacherModule(InspectionModule):
     def _check_state(self, state: Mapping[str, torch.Tensor], made_with: Mapping[str, Any]) -> None:
         def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
             found = {key: value.shape for key, value in tensors.items() if key.startswith("model.")}
-            return {key: shape[:-2] if key.endswith(self.map_sized) else shape for key, shape in found.items()}
+            return {key: shape[:-2] if key.endswith(self.map_size_suffixes) else shape for key, shape in found.items()}
 
         own, given = shapes(self.state_dict()), shapes(state)
         missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())

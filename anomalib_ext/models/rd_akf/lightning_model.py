@@ -48,7 +48,7 @@ class RdAkf(FrozenTeacherModule, AnomalibModule):
     """
 
     model: RdAkfModel
-    map_sized = ("logits",)
+    map_size_suffixes = ("logits",)
 
     def __init__(
         self,
