@@ -89,14 +89,15 @@ class MemoryBank:
         return next((variant.vectors.shape[1] for variant in self.variants.values()), None)
 
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
+        """Bytes of all arrays, as they are saved."""
         arrays: list[NDArray[Any]] = [self.image_hashes]
         for variant in self.variants.values():
             arrays += [variant.vectors, variant.radii, variant.cover_radii, variant.prototype]
             arrays.append(variant.prequential_scores)
             if calibration := variant.calibration:
                 arrays += [calibration.patches, calibration.labels, calibration.scores]
-        return sum(array.nbytes for array in arrays)
+        numbers = 4 * 8 * len(self.variants)  # pixel threshold, minimum, maximum and margin of each
+        return sum(array.nbytes for array in arrays) + numbers
 
     def radius_bound(self) -> float:
         """Upper bound of the coverage radius: every patch ever learned lies within it of some vector."""
