@@ -115,8 +115,11 @@ class Decider:
     def _apply(self, kind: str, raw: Array, position: int) -> tuple[Array, NDArray[np.bool_] | None]:
         """Normalise and decide raw scores by the range of a variant."""
         threshold, lowest, highest = self.ranges[kind][position]
-        if self.metadata.get("normalization"):
+        normalization = self.metadata.get("normalization")
+        if normalization:
             raw = normalize(raw, threshold, lowest, highest)
+        # Anomalib's own post-processor compares raw scores with the sensitivity, too.
+        if normalization or not self.metadata.get("variant_thresholds", True):
             threshold = np.float32(1 - self.metadata.get(f"{kind}_sensitivity", 0.5))
         return raw, raw > threshold if self.metadata.get("thresholding") else None
 
