@@ -3,6 +3,7 @@
 
 import csv
 import io
+import json
 import os
 import signal
 import socket
@@ -28,18 +29,6 @@ from anomalib_ext.stream import learn_stream
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before anything imports it
 
 Make = Callable[..., Any]
-CONFIG = """
-model: {class_path: ContinualPatchCore, init_args: {memory_size: 300}}
-data:
-  class_path: anomalib_ext.data.MultiCategory
-  init_args: {root: ROOT, categories: [stripes, dots], num_workers: 0}
-results_dir: results
-logger:
-  - class_path: AnomalibTensorBoardLogger
-    init_args: {save_dir: results/tensorboard}
-  - class_path: AnomalibMLFlowLogger
-    init_args: {tracking_uri: ADDRESS, experiment_name: line 3, run_name: first try}
-"""
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -127,20 +116,33 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_mlflow(server: str, products: Path, tmp_path: Path) -> None:
+def test_mlflow(server: str, products: Path, model_config: dict[str, Any], run_command: Make, tmp_path: Path) -> None:
     """The command with loggers from YAML: the server has the run with its parameters, metrics and pictures."""
     from mlflow import MlflowClient
 
-    (tmp_path / "config.yaml").write_text(CONFIG.replace("ROOT", str(products)).replace("ADDRESS", server))
-    command = [str(Path(sys.executable).with_name("anomalib-ext")), "stream", "--config", "config.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    config = {
+        "model": model_config,
+        "data": {
+            "class_path": "anomalib_ext.data.MultiCategory",
+            "init_args": {"root": str(products), "categories": ["stripes", "dots"], "num_workers": 0},
+        },
+        "results_dir": "results",
+        "logger": [
+            {"class_path": "AnomalibTensorBoardLogger", "init_args": {"save_dir": "results/tensorboard"}},
+            {
+                "class_path": "AnomalibMLFlowLogger",
+                "init_args": {"tracking_uri": server, "experiment_name": "line 3", "run_name": "first try"},
+            },
+        ],
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    run_command(tmp_path, "stream", "--config", "config.yaml")
 
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name("line 3")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("first try", "FINISHED")
-    assert (run.data.params["model"], run.data.params["memory_size"]) == ("ContinualPatchCore", "300")
+    assert (run.data.params["model"], run.data.params["memory_size"]) == ("ContinualPatchCore", "400")
     expected = logged(tmp_path / "results")
     assert run.data.metrics.keys() == expected.keys()
     for name, values in expected.items():
