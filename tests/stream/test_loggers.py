@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.models.continual_patchcore.post_processor import VariantPostProcessor
 from anomalib_ext.stream import learn_stream
+from openvino_export.memory.thresholds import thresholds
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before anything imports it
 
@@ -79,8 +80,8 @@ def test_a_plain_fit_logs_the_memory(make_data: Make, make_model: Make, make_eng
     found = scalars(events(tmp_path / "logs" / "fit" / "version_0"))
     assert [value for _, value in found["memory/share/stripes"]] == [1]
     bank = model.model.bank
-    assert found["memory/image_threshold/stripes"][0][1] == pytest.approx(bank.thresholds("stripes")["image"][0])
-    assert found["memory/pixel_threshold/stripes"][0][1] == pytest.approx(bank.thresholds("stripes")["pixel"][0])
+    assert found["memory/image_threshold/stripes"][0][1] == pytest.approx(thresholds(bank, "stripes")["image"][0])
+    assert found["memory/pixel_threshold/stripes"][0][1] == pytest.approx(thresholds(bank, "stripes")["pixel"][0])
 
 
 @pytest.fixture(scope="session")
