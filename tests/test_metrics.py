@@ -21,6 +21,7 @@ from anomalib_ext.metrics import (
     IncrementalAverage,
     RelativeGap,
     TaskMatrix,
+    task_matrix,
 )
 
 VALUES = st.integers(2, 6).flatmap(
@@ -52,6 +53,28 @@ def test_matrix_gives_back_what_it_was_given(values: np.ndarray) -> None:
     known = np.tri(len(values), dtype=bool)
     np.testing.assert_array_equal(matrix[known], values[known])
     assert np.isnan(matrix[~known]).all()
+
+
+def test_matrix_has_room_for_what_is_still_to_come() -> None:
+    """The last value of a place counts, and an entry beyond the room makes more."""
+    nan = math.nan
+    entries = [(0, 1, 0.5), (0, 1, 0.7)]
+    np.testing.assert_array_equal(task_matrix(entries, 3, 2), [[nan, 0.7], [nan, nan], [nan, nan]])
+    np.testing.assert_array_equal(task_matrix(entries), [[nan, 0.7]])
+    np.testing.assert_array_equal(task_matrix([(1, 0, 0.5)], 1, 1), [[nan], [0.5]])
+    assert task_matrix([]).shape == TaskMatrix().compute().shape == (0, 0)
+
+
+def test_matrix_of_several_processes() -> None:
+    """Their entries, which come as one tensor, are joined."""
+
+    def gather(own: torch.Tensor, group: object) -> list[torch.Tensor]:
+        del group
+        return [own, torch.tensor([[1, 1, 0.7]])]
+
+    matrix = TaskMatrix(dist_sync_fn=gather, distributed_available_fn=lambda: True)
+    matrix.update(1, 0, 0.5)
+    np.testing.assert_array_equal(matrix.compute(), np.float32([[math.nan] * 2, [0.5, 0.7]]))
 
 
 @given(VALUES)

@@ -3,6 +3,7 @@
 
 import csv
 import io
+import json
 import os
 import signal
 import socket
@@ -24,22 +25,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.models.continual_patchcore.post_processor import VariantPostProcessor
 from anomalib_ext.stream import learn_stream
+from openvino_export.memory.thresholds import thresholds
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before anything imports it
 
 Make = Callable[..., Any]
-CONFIG = """
-model: {class_path: ContinualPatchCore, init_args: {memory_size: 300}}
-data:
-  class_path: anomalib_ext.data.MultiCategory
-  init_args: {root: ROOT, categories: [stripes, dots], num_workers: 0}
-results_dir: results
-logger:
-  - class_path: AnomalibTensorBoardLogger
-    init_args: {save_dir: results/tensorboard}
-  - class_path: AnomalibMLFlowLogger
-    init_args: {tracking_uri: ADDRESS, experiment_name: line 3, run_name: first try}
-"""
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -90,8 +80,8 @@ def test_a_plain_fit_logs_the_memory(make_data: Make, make_model: Make, make_eng
     found = scalars(events(tmp_path / "logs" / "fit" / "version_0"))
     assert [value for _, value in found["memory/share/stripes"]] == [1]
     bank = model.model.bank
-    assert found["memory/image_threshold/stripes"][0][1] == pytest.approx(bank.thresholds("stripes")["image"][0])
-    assert found["memory/pixel_threshold/stripes"][0][1] == pytest.approx(bank.thresholds("stripes")["pixel"][0])
+    assert found["memory/image_threshold/stripes"][0][1] == pytest.approx(thresholds(bank, "stripes")["image"][0])
+    assert found["memory/pixel_threshold/stripes"][0][1] == pytest.approx(thresholds(bank, "stripes")["pixel"][0])
 
 
 @pytest.fixture(scope="session")
@@ -127,20 +117,33 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_mlflow(server: str, products: Path, tmp_path: Path) -> None:
+def test_mlflow(server: str, products: Path, model_config: dict[str, Any], run_command: Make, tmp_path: Path) -> None:
     """The command with loggers from YAML: the server has the run with its parameters, metrics and pictures."""
     from mlflow import MlflowClient
 
-    (tmp_path / "config.yaml").write_text(CONFIG.replace("ROOT", str(products)).replace("ADDRESS", server))
-    command = [str(Path(sys.executable).with_name("anomalib-ext")), "stream", "--config", "config.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    config = {
+        "model": model_config,
+        "data": {
+            "class_path": "anomalib_ext.data.MultiCategory",
+            "init_args": {"root": str(products), "categories": ["stripes", "dots"], "num_workers": 0},
+        },
+        "results_dir": "results",
+        "logger": [
+            {"class_path": "AnomalibTensorBoardLogger", "init_args": {"save_dir": "results/tensorboard"}},
+            {
+                "class_path": "AnomalibMLFlowLogger",
+                "init_args": {"tracking_uri": server, "experiment_name": "line 3", "run_name": "first try"},
+            },
+        ],
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    run_command(tmp_path, "stream", "--config", "config.yaml")
 
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name("line 3")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("first try", "FINISHED")
-    assert (run.data.params["model"], run.data.params["memory_size"]) == ("ContinualPatchCore", "300")
+    assert (run.data.params["model"], run.data.params["memory_size"]) == ("ContinualPatchCore", "400")
     expected = logged(tmp_path / "results")
     assert run.data.metrics.keys() == expected.keys()
     for name, values in expected.items():
