@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the plugin mechanism, each in a fresh interpreter.
+"""Tests of the plugin mechanism on small stand-ins for torch and Anomalib, which import each other as the real ones do.
 
-An import of Anomalib takes many seconds, so these run on small stand-ins for torch and Anomalib that import each other
-as the real ones do; `test_real.py` confirms the same on the real ones.
+Each test starts fresh interpreters. Those of the real Anomalib would take many seconds for their imports.
 """
 
 import re
-from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 
-from .processes import FOREIGN, declare, run, write
+Site = Any  # the class of conftest.py
 
 STAND_INS = {
     "torch/__init__.py": """
@@ -67,13 +66,12 @@ STAND_INS = {
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path) -> Path:
+def stand_ins(site: Site) -> Site:
     """Return a folder with the stand-ins, this package and a foreign plugin."""
-    write(tmp_path, STAND_INS | FOREIGN)
+    site.write(STAND_INS)
     # It hides the installed distribution, whose model needs the real Anomalib.
-    declare(tmp_path, "anomalib-ext", "torch.backends", "anomalib_ext = anomalib_ext.plugin:install")
-    declare(tmp_path, "foreign-plugin", "anomalib.models", "ForeignModel = foreign.models:ForeignModel")
-    return tmp_path
+    site.declare("anomalib-ext", "torch.backends", "anomalib_ext = anomalib_ext.plugin:install")
+    return site
 
 
 FIRST_IMPORTS = [
@@ -96,17 +94,17 @@ FIRST_IMPORTS = [
 
 
 @pytest.mark.parametrize("first", FIRST_IMPORTS)
-def test_whatever_is_imported_first(stand_ins: Path, first: str) -> None:
+def test_whatever_is_imported_first(stand_ins: Site, first: str) -> None:
     """The model is registered once, silently, whether torch's autoload or this package's import does it."""
-    run(stand_ins, "-W", "error", "-c", f"{first}\nfrom registered import check; check()")
+    stand_ins.run("-W", "error", "-c", f"{first}\nfrom registered import check; check()")
     if not re.search(r"ForeignModel|len|app", first):  # those need the model at once
         late = f"{first}\nimport anomalib_ext\nfrom registered import check; check()"
-        run(stand_ins, "-W", "error", "-c", late, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+        stand_ins.run("-W", "error", "-c", late, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     early = f"import anomalib_ext\n{first}\nfrom registered import check; check()"
-    run(stand_ins, "-W", "error", "-c", early, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    stand_ins.run("-W", "error", "-c", early, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
 
 
-def test_reload_repetition_and_failed_imports(stand_ins: Path) -> None:
+def test_reload_repetition_and_failed_imports(stand_ins: Site) -> None:
     """A reload, a second call and an import that first fails leave the model registered once."""
     code = """
     import importlib, sys
@@ -131,14 +129,14 @@ def test_reload_repetition_and_failed_imports(stand_ins: Path) -> None:
         importlib.reload(anomalib.models)
         check()
     """
-    run(stand_ins, "-W", "error", "-c", dedent(code))
+    stand_ins.run("-W", "error", "-c", dedent(code))
 
 
-def test_threads(stand_ins: Path) -> None:
+def test_threads(stand_ins: Site) -> None:
     """Threads that import at once all find the model."""
     # Not `foreign` or a submodule: Python itself lets threads that import such circles see half a module.
     firsts = [first for first in FIRST_IMPORTS if not re.search(r"app|foreign|engine|util|models\.[ci]", first)]
-    write(stand_ins, {"anomalib/engine/engine.py": "class Engine: pass"})
+    stand_ins.write({"anomalib/engine/engine.py": "class Engine: pass"})
     code = f"""
     import sys, threading
     from registered import check
@@ -159,11 +157,11 @@ def test_threads(stand_ins: Path) -> None:
     """
     assert len(firsts) == 7
     for _ in range(3):
-        run(stand_ins, "-W", "error", "-c", dedent(code))
+        stand_ins.run("-W", "error", "-c", dedent(code))
 
 
 @pytest.mark.parametrize("first", ["import anomalib.models", "import torch, anomalib.models"])
-def test_a_thread_waits_while_another_registers(stand_ins: Path, first: str) -> None:
+def test_a_thread_waits_while_another_registers(stand_ins: Site, first: str) -> None:
     """The import of the models has not ended, for any thread, until they are registered."""
     code = f"""
     import sys, threading, time
@@ -178,14 +176,11 @@ def test_a_thread_waits_while_another_registers(stand_ins: Path, first: str) -> 
     from anomalib.models import ForeignModel
     thread.join()
     """
-    write(
-        stand_ins,
-        {
-            "foreign/__init__.py": "import time; time.sleep(0.2)",
-            "anomalib/engine/engine.py": "class Engine: pass",
-        },
-    )
-    run(stand_ins, "-W", "error", "-c", dedent(code))
+    stand_ins.write({
+        "foreign/__init__.py": "import time; time.sleep(0.2)",
+        "anomalib/engine/engine.py": "class Engine: pass",
+    })
+    stand_ins.run("-W", "error", "-c", dedent(code))
 
 
 BROKEN = {
@@ -214,12 +209,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("first", ["import torch", "from anomalib.engine import Engine"])
-def test_broken_plugins(stand_ins: Path, first: str) -> None:
+def test_broken_plugins(stand_ins: Site, first: str) -> None:
     """Each broken plugin gets one warning, by name and with its reason; all else works."""
     for distribution, (entry, source, _) in BROKEN.items():
-        declare(stand_ins, distribution, "anomalib.models", entry)
+        stand_ins.declare(distribution, "anomalib.models", entry)
         if source:
-            write(stand_ins, {f"{re.split(r'[=:]', entry)[1].strip()}.py": source})
+            stand_ins.write({f"{re.split(r'[=:]', entry)[1].strip()}.py": source})
     code = f"""
     import warnings
     with warnings.catch_warnings(record=True) as caught:
@@ -231,7 +226,7 @@ def test_broken_plugins(stand_ins: Path, first: str) -> None:
     assert set(anomalib.models.__all__) == {{"Padim", "ForeignModel"}}
     print(*(warning.message for warning in caught), sep="\\n")
     """
-    lines = run(stand_ins, "-c", dedent(code)).stdout.splitlines()
+    lines = stand_ins.run("-c", dedent(code)).stdout.splitlines()
     assert len(lines) == len(BROKEN), lines
     for distribution, (_, _, reason) in BROKEN.items():
         (line,) = (line for line in lines if f"distribution '{distribution}'" in line)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the plugin mechanism on the real torch and Anomalib, in few processes."""
+"""Tests of the plugin mechanism on the real Anomalib, in few processes, for its import takes many seconds."""
 
 import re
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .processes import FOREIGN, declare, run, write
+Site = Any  # the class of conftest.py
 
 REAL = {
     "real.py": """
@@ -132,31 +133,30 @@ REAL = {
 
 
 @pytest.fixture
-def real(tmp_path: Path) -> Path:
+def real(site: Site) -> Site:
     """Return a folder with a foreign plugin and programs that use it with the real Anomalib."""
-    write(tmp_path, FOREIGN | REAL)
-    declare(tmp_path, "foreign-plugin", "anomalib.models", "ForeignModel = foreign.models:ForeignModel")
-    return tmp_path
+    site.write(REAL)
+    return site
 
 
 @pytest.mark.slow
-def test_a_spawned_process_that_imports_the_models_first(real: Path) -> None:
+def test_a_spawned_process_that_imports_the_models_first(real: Site) -> None:
     """All of Anomalib's ways to a model find it, also after a reload."""
-    assert "Anomalib goes on" not in run(real, "spawn.py").stderr
+    assert "Anomalib goes on" not in real.run("spawn.py").stderr
 
 
 @pytest.mark.slow
-def test_distributed_training(real: Path) -> None:
+def test_distributed_training(real: Site) -> None:
     """Lightning's launcher starts a process that finds the models too."""
-    done = run(real, "ddp.py")
+    done = real.run("ddp.py")
     assert all(f"rank {rank} is fine" in done.stdout for rank in range(2)), done.stdout
     assert "Anomalib goes on" not in done.stderr
 
 
-def test_torch_first(real: Path) -> None:
+def test_torch_first(real: Site) -> None:
     """An import of torch costs milliseconds, without Anomalib too; a broken plugin then costs one warning."""
-    declare(real, "broken-plugin", "anomalib.models", "Broken = nowhere:Broken")
-    done = run(real, "torch_first.py")
+    real.declare("broken-plugin", "anomalib.models", "Broken = nowhere:Broken")
+    done = real.run("torch_first.py")
     (milliseconds,) = re.findall(r"anomalib_ext\.plugin:install (.*)", done.stdout)
     assert float(milliseconds) < 20
     (warning,) = re.findall(r"UserWarning: (Anomalib goes on without .*)", done.stderr)
@@ -164,19 +164,20 @@ def test_torch_first(real: Path) -> None:
 
 
 @pytest.mark.slow
-def test_commands(real: Path) -> None:
+def test_commands(real: Site) -> None:
     """Every command takes the models by every name; training and benchmark run."""
-    stderr = run(real, "commands.py").stderr
+    stderr = real.run("commands.py").stderr
     assert "Anomalib goes on" not in stderr
-    assert len(list(real.glob("results/ForeignModel/tiny/**/*.ckpt"))) == 1, stderr
-    (table,) = real.glob("runs/benchmark/*/results.csv")
+    assert len(list(real.folder.glob("results/ForeignModel/tiny/**/*.ckpt"))) == 1, stderr
+    (table,) = real.folder.glob("runs/benchmark/*/results.csv")
     assert table.read_text(encoding="utf-8").count("ForeignModel") == 3
 
 
-def test_console_script(real: Path) -> None:
+@pytest.mark.slow
+def test_console_script(real: Site) -> None:
     """The help lists the models."""
     script = Path(sysconfig.get_path("scripts")) / "anomalib"
-    done = run(real, str(script), "train", "--help", "-v")
+    done = real.run(str(script), "train", "--help", "-v")
     assert re.search(r"known subclasses: [^)]*anomalib_ext\.models\.ContinualPatchCore", done.stdout), done.stdout
     assert re.search(r"known subclasses: [^)]*foreign\.models\.ForeignModel", done.stdout)
     assert "Anomalib goes on" not in done.stderr

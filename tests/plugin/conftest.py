@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A foreign plugin, and a Python process in which distributions are installed."""
+"""What the tests of the plugin mechanism share: folders of installed packages, and a foreign plugin in them."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
+
+import pytest
 
 import anomalib_ext
 
@@ -64,29 +66,46 @@ FOREIGN = {
 }
 
 
-def write(folder: Path, files: dict[str, str]) -> None:
-    """Write files, given by relative path."""
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dedent(text), encoding="utf-8")
+class Site:
+    """A folder of installed packages, and Python that finds them.
 
+    Args:
+        folder: The folder.
+        files: The packages, as texts by relative path.
+    """
 
-def declare(folder: Path, distribution: str, group: str, entry: str) -> None:
-    """Install a distribution with one entry point."""
-    info = f"{distribution.replace('-', '_')}-1.0.dist-info"
-    write(
-        folder,
-        {
+    def __init__(self, folder: Path, files: dict[str, str]) -> None:
+        self.folder = folder
+        self.write(files)
+
+    def write(self, files: dict[str, str]) -> None:
+        """Write files, given by relative path."""
+        for name, text in files.items():
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(dedent(text), encoding="utf-8")
+
+    def declare(self, distribution: str, group: str, entry: str) -> None:
+        """Install a distribution with one entry point."""
+        info = f"{distribution.replace('-', '_')}-1.0.dist-info"
+        self.write({
             f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n",
             f"{info}/entry_points.txt": f"[{group}]\n{entry}\n",
-        },
-    )
+        })
+
+    def run(self, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        """Run Python in the folder; whatever fails there fails the test."""
+        path = os.pathsep.join([str(self.folder), str(REPOSITORY)])
+        env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "500", **environ}
+        command = [sys.executable, *args]
+        done = subprocess.run(command, env=env, cwd=self.folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        return done
 
 
-def run(folder: Path, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run Python where the packages in ``folder`` are installed; whatever fails there fails the test."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)]), "COLUMNS": "500", **environ}
-    done = subprocess.run([sys.executable, *args], env=env, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """Return a folder with a foreign plugin."""
+    site = Site(tmp_path, FOREIGN)
+    site.declare("foreign-plugin", "anomalib.models", "ForeignModel = foreign.models:ForeignModel")
+    return site
