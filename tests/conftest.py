@@ -9,6 +9,7 @@ import random
 os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,112 @@ def make_engine(tmp_path: Path) -> Callable[..., Any]:
         return Engine(**{**defaults, "enable_model_summary": False, **kwargs})
 
     return make
+
+
+# Exports
+
+
+@pytest.fixture(scope="session")
+def product_images(products: Path) -> Any:  # noqa: ANN401
+    """Return two good and two bad images of each of two products, shape ``(8, 3, SIDE, SIDE)``."""
+    import torch
+
+    paths = [
+        products / product / "test" / kind / f"00{i}.png"
+        for product in PRODUCTS[:2]
+        for kind in ("good", "hole")
+        for i in range(2)
+    ]
+    arrays = np.stack([np.asarray(Image.open(path), np.float32) for path in paths])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
+
+
+@pytest.fixture(scope="session")
+def make_two(make_model: Callable[..., Any], products: Path) -> Callable[..., Any]:
+    """Return a function that makes a model that has learned these two products."""
+
+    def make(**kwargs: Any) -> Any:  # noqa: ANN401
+        model = make_model(**kwargs)
+        for product in PRODUCTS[:2]:
+            model.partial_fit(sorted((products / product / "train" / "good").iterdir()), product)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_two(make_two: Callable[..., Any]) -> Any:  # noqa: ANN401
+    """Return such a model with the smallest backbone; tests that change it take a copy."""
+    return make_two(backbone="test_resnet", layers=["layer1"], pre_trained=False)
+
+
+@pytest.fixture(scope="session")
+def torch_outputs() -> Callable[..., dict[str, np.ndarray]]:
+    """Return a function that gives what a model says in torch, by name."""
+    import torch
+
+    def run(model: torch.nn.Module, images: torch.Tensor) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            return {name: value.numpy() for name, value in model(images)._asdict().items() if value is not None}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_exported() -> Callable[..., None]:
+    """Return a function that compares a file in OpenVINO, on all images and on each alone, with what is expected.
+
+    Scores, maps and labels are the same, and nearly all pixels of masks, of which some may lie at the threshold. For
+    several images, the file must take any number.
+    """
+    import openvino as ov
+
+    def check(path: Path, images: Any, expected: dict[str, np.ndarray], tolerance: float = 1e-3) -> None:  # noqa: ANN401
+        # The default of processors with bfloat16 changes the scores in the second digit.
+        compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        assert compiled.inputs[0].partial_shape[0].is_dynamic == (len(images) > 1)
+        for part in (slice(None), *(slice(i, i + 1) for i in range(len(images)) if len(images) > 1)):
+            result = {next(iter(key.names)): value for key, value in compiled(images[part].numpy()).items()}
+            assert set(result) == set(expected)
+            for name, all_values in expected.items():
+                value = all_values[part]
+                assert result[name].shape == value.shape
+                if name == "pred_label":  # an image that set the threshold lies on it
+                    clear = np.abs(expected["pred_score"][part] - 0.5) > tolerance
+                    assert np.array_equal(result[name][clear], value[clear])
+                elif value.dtype == bool:
+                    assert (result[name] != value).mean() < 1e-3, name
+                else:
+                    assert np.abs(result[name] - value).max() < tolerance, name
+        if "pred_label" in expected:
+            assert (np.abs(expected["pred_score"] - 0.5) > tolerance).any(), "no label was compared"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def conversions() -> Any:  # noqa: ANN401
+    """Return the graphs of :func:`one_conversion`, by model."""
+    from weakref import WeakKeyDictionary
+
+    return WeakKeyDictionary()
+
+
+@pytest.fixture
+def one_conversion(conversions: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+    """Have exports of a model that has not changed share one conversion by ONNX, which takes seconds.
+
+    All else is done anew for each of them.
+    """
+    convert = import_module("anomalib_ext.export.convert")._convert_module
+
+    def shared(module: Any, name: str, example: Any, tables: Any, *kwargs: Any) -> Any:  # noqa: ANN401
+        model = next((getattr(module, key) for key in ("owner", "model") if hasattr(module, key)), module)
+        shapes = {table: values.shape for table, (_, values) in tables.items()}
+        key = repr((type(module), name, example.shape, shapes, kwargs))
+        graphs = conversions.setdefault(model, {})
+        if key not in graphs:
+            graphs[key] = convert(module, name, example, tables, *kwargs)
+        return graphs[key].clone()
+
+    monkeypatch.setattr("anomalib_ext.export.convert._convert_module", shared)

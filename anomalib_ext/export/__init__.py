@@ -23,7 +23,7 @@ from torchmetrics import Metric
 
 from openvino_export.bundle import folder as bundles
 
-from .compress import calibration_images, compare_accuracy, compress
+from .compress import calibration_images, compare_accuracy, compress_graph
 from .contract import (
     EMBEDDING,
     OUTPUTS,
@@ -33,7 +33,7 @@ from .contract import (
     describe_to_model_api,
     image_size,
 )
-from .convert import accept_any_size, convert, join, save_graph, without_telemetry
+from .convert import accept_any_size, convert_content, join_graphs, save_graph, without_telemetry
 
 __all__ = ["EMBEDDING", "OUTPUTS", "BundleContent", "BundleExport", "WholeGraph", "export_bundle"]
 
@@ -85,8 +85,8 @@ def export_bundle(
         raise ValueError(msg)
     size = image_size(model, input_size)
     content = content_function(model, size)
-    graph, features = convert(content, size, ov_kwargs or {}, onnx_kwargs or {})
-    whole = join(graph, features)
+    graph, features = convert_content(content, size, ov_kwargs or {}, onnx_kwargs or {})
+    whole = join_graphs(graph, features)
     tables = {name: values for name, (_, values) in content.tables.items()}
     metadata = {
         **common_metadata(model, size),
@@ -99,10 +99,10 @@ def export_bundle(
             reference = save_graph(whole, folder / "reference.xml", tables)
             images = calibration_images(datamodule, size) if datamodule and quantised else []
             if features is None:
-                whole = compress(whole, compression, images)
+                whole = compress_graph(whole, compression, images)
             else:
-                features = compress(features, compression, images)
-                whole = join(graph, features)
+                features = compress_graph(features, compression, images)
+                whole = join_graphs(graph, features)
         if input_size is None and not (ov_kwargs or {}).get("input"):
             whole = accept_any_size(whole)
         elif {next(iter(output.names)) for output in whole.outputs} == set(OUTPUTS):

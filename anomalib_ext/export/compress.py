@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 CALIBRATION_IMAGES = 300
 
 
-def compress(graph: "ov.Model", compression: CompressionType, images: list[NDArray[np.float32]]) -> "ov.Model":
+def compress_graph(graph: "ov.Model", compression: CompressionType, images: list[NDArray[np.float32]]) -> "ov.Model":
     """A graph with its weights in less precision, and for quantisation its activations too.
 
     Args:

@@ -41,7 +41,7 @@ def without_telemetry() -> Generator[None]:
             TelemetrySender.send = send
 
 
-def convert(
+def convert_content(
     content: BundleContent,
     size: tuple[int, int],
     ov_kwargs: Mapping[str, Any],
@@ -135,7 +135,7 @@ class _BuffersAsInputs(nn.Module):
         return torch.func.functional_call(self.whole, dict(zip(self.names, values, strict=True)), (images,))
 
 
-def join(graph: "ov.Model", features: "ov.Model | None") -> "ov.Model":
+def join_graphs(graph: "ov.Model", features: "ov.Model | None") -> "ov.Model":
     """The whole graph from images on; the parts stay as they are."""
     import openvino as ov
 
@@ -163,7 +163,7 @@ def save_graph(graph: "ov.Model", path: Path, tables: Mapping[str, NDArray[Any]]
     """Write a graph to a file, with the values of those of the tables that it has as constants.
 
     Args:
-        graph: What :func:`convert` gave, or :func:`join` made of it.
+        graph: What :func:`convert_content` gave, or :func:`join_graphs` made of it.
         path: The .xml file; the .bin file lies beside it.
         tables: Values by the name of the constant.
 

@@ -21,7 +21,8 @@ Make = Callable[..., Any]
 COMMON = {"encoder": "test_vit", "pre_trained": False, "head_width": 8, "visualizer": False}
 
 
-def test_openvino(make_engine: Make, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_openvino(make_engine: Make, torch_outputs: Make, assert_exported: Make, tmp_path: Path) -> None:
     """For one image and for several, each time alike; the encoder was made for another size, and the middle is cropped.
 
     It was converted from the ONNX graph that Anomalib's export gives, too.
@@ -39,21 +40,13 @@ def test_openvino(make_engine: Make, tmp_path: Path) -> None:
             getattr(model.post_processor, f"_{name}_threshold").fill_(float(maps.mean()))
             getattr(model.post_processor, f"{name}_min").fill_(0.0)
             getattr(model.post_processor, f"{name}_max").fill_(float(maps.max()) * 2)
-        expected = {name: value.numpy() for name, value in model(images)._asdict().items()}
+    expected = torch_outputs(model, images)
     for name in ("anomaly_map", "pred_mask"):  # what is cropped is normal
         assert expected[name].shape == (3, 1, 80, 64)
         expected[name] = np.pad(expected[name], ((0, 0), (0, 0), (8, 8), (8, 8)))
     assert np.ptp(expected["anomaly_map"][..., 8:-8, 8:-8]) > 0.02
     path = make_engine().export(model, ExportType.OPENVINO, export_root=tmp_path)
-    compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    for count in (1, 3, 3):
-        result = {next(iter(output.names)): value for output, value in compiled(images[:count].numpy()).items()}
-        assert set(result) == set(expected)
-        for name in ("pred_score", "anomaly_map"):
-            assert result[name].shape == expected[name][:count].shape
-            assert np.abs(result[name] - expected[name][:count]).max() < 1e-4, name
-        assert np.array_equal(result["pred_label"], expected["pred_label"][:count])
-        assert (result["pred_mask"] != expected["pred_mask"][:count]).mean() < 1e-3
+    assert_exported(path, images, expected, tolerance=1e-4)
     metadata = json.loads((path.parent / "metadata.json").read_text())
     assert (metadata["model"], metadata["backbone"]) == ("Crr", "test_vit")
     prediction = EdgeDetector(path.parent).predict((images[0].permute(1, 2, 0) * 255).byte().numpy())
@@ -61,6 +54,7 @@ def test_openvino(make_engine: Make, tmp_path: Path) -> None:
     assert prediction.pred_score == pytest.approx(float(expected["pred_score"][0]), abs=0.01)
 
 
+@pytest.mark.slow
 def test_onnx_without_head(make_engine: Make, tmp_path: Path) -> None:
     """A model of the first stage alone says the same in ONNX, and the same of an image each time."""
     model = Crr(**COMMON, stage="repair", pre_processor=PreProcessor(Resize((64, 80))))

@@ -26,10 +26,11 @@ def model(make_data: Make, tmp_path_factory: pytest.TempPathFactory) -> SaCfaPat
     from anomalib.engine import Engine
 
     model = SaCfaPatchCore(
-        "tf_efficientnet_lite0",
-        ["blocks.1", "blocks.2"],
+        "test_resnet",
+        ["layer1", "layer2"],
+        pre_trained=False,
         coreset_sampling_ratio=0.05,
-        pre_processor=SaCfaPatchCore.configure_pre_processor((64, 64), "tf_efficientnet_lite0"),
+        pre_processor=SaCfaPatchCore.configure_pre_processor((64, 64), "test_resnet"),
         visualizer=False,
     )
     engine = Engine(default_root_dir=tmp_path_factory.mktemp("fit"), accelerator="cpu", enable_progress_bar=False)
@@ -47,45 +48,31 @@ def images(make_data: Make) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def expected(model: SaCfaPatchCore, images: torch.Tensor) -> dict[str, np.ndarray]:
+def expected(model: SaCfaPatchCore, images: torch.Tensor, torch_outputs: Make) -> dict[str, np.ndarray]:
     """Return what torch says."""
-    with torch.no_grad():
-        result = {name: value.numpy() for name, value in model(images)._asdict().items()}
+    result = torch_outputs(model, images)
     assert set(result["pred_label"].flatten().tolist()) == {False, True}
     return result
-
-
-def assert_same(path: Path, images: torch.Tensor, expected: dict[str, np.ndarray], tolerance: float = 1e-3) -> None:
-    """Compare a file in OpenVINO's runtime, for all images and for each alone."""
-    compiled = ov.Core().compile_model(path, "CPU", EXACT)
-    for part in (slice(None), *(slice(i, i + 1) for i in range(len(images)))):
-        result = {next(iter(output.names)): value for output, value in compiled(images[part].numpy()).items()}
-        assert set(result) == set(expected)
-        for name, value in expected.items():
-            if name == "pred_label":  # an image that set the threshold lies on it
-                clear = np.abs(expected["pred_score"][part] - 0.5) > 1e-3
-                assert np.array_equal(result[name][clear], value[part][clear])
-            elif value.dtype == bool:
-                assert (result[name] != value[part]).mean() < 1e-3, name
-            else:
-                assert np.abs(result[name] - value[part]).max() < tolerance, name
 
 
 def test_onnx(
     model: SaCfaPatchCore,
     images: torch.Tensor,
     expected: dict[str, np.ndarray],
+    assert_exported: Make,
     make_engine: Make,
     tmp_path: Path,
 ) -> None:
     """The file gives the same."""
-    assert_same(make_engine().export(model, ExportType.ONNX, export_root=tmp_path), images, expected)
+    assert_exported(make_engine().export(model, ExportType.ONNX, export_root=tmp_path), images, expected)
 
 
+@pytest.mark.usefixtures("one_conversion")
 def test_openvino(
     model: SaCfaPatchCore,
     images: torch.Tensor,
     expected: dict[str, np.ndarray],
+    assert_exported: Make,
     products: Path,
     make_engine: Make,
     tmp_path: Path,
@@ -93,10 +80,10 @@ def test_openvino(
 ) -> None:
     """So does the folder, which says what it is; Anomalib's inferencer and the edge runtime judge by it."""
     path = make_engine().export(model, ExportType.OPENVINO, export_root=tmp_path)
-    assert_same(path, images, expected)
+    assert_exported(path, images, expected)
     metadata = json.loads((path.parent / "metadata.json").read_text())
     assert metadata["model"] == "SaCfaPatchCore"
-    assert metadata["layers"] == ["blocks.1", "blocks.2"]
+    assert metadata["layers"] == ["layer1", "layer2"]
     assert {file.name for file in path.parent.iterdir()} >= {"model.xml", "model.bin", "metadata.json"}
     assert not (path.parent / "bank.safetensors").exists()
     monkeypatch.chdir(tmp_path)  # the inferencer caches in the working folder
@@ -110,6 +97,7 @@ def test_openvino(
         detector.learn([products / "stripes/test/good/000.png"], variant="stripes")
 
 
+@pytest.mark.usefixtures("one_conversion")
 def test_half_precision(
     model: SaCfaPatchCore,
     images: torch.Tensor,
