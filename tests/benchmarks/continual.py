@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score, roc_auc_score
 from torchvision.transforms.v2.functional import resize
 
-from openvino_export.memory.augment import FEW_IMAGES
 from openvino_export.memory.k_center import farthest_first, nearest
 from openvino_export.memory.memory_bank import MemoryBank
 from openvino_export.memory.thresholds import calibration_patches, thresholds
-from openvino_export.memory.update import Update
+from openvino_export.memory.update import FEW_IMAGES, Update
 
 Patches = NDArray[np.float32]
 
