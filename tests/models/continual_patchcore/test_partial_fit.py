@@ -13,6 +13,7 @@ from PIL import Image
 
 from anomalib_ext.data import PhotoVariants
 from anomalib_ext.models import ContinualPatchCore
+from anomalib_ext.models.continual_patchcore.metrics import memory_metrics
 from openvino_export.memory.guard import SUSPICION
 
 Make = Callable[..., Any]
@@ -44,6 +45,10 @@ def test_partial_fit_of_two_products_at_once(make_tiny: Make, tensors: Make) -> 
     together.partial_fit(torch.cat([tensors(product) for product in ("stripes", "dots")]))
     for product in ("stripes", "dots"):
         apart.partial_fit(tensors(product))
+    metrics = memory_metrics(together.last_report, together.model.bank)
+    shares = [value for name, value in metrics.items() if name.startswith("memory/share/")]
+    assert len(together.model.bank) < 5000
+    assert sum(shares) == pytest.approx(1)
     together_values, apart_values = together.post_processor.image_values, apart.post_processor.image_values
     assert together_values.shape == (2, 3)
     assert torch.allclose(together_values, apart_values, rtol=0.02)
