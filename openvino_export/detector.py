@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from .bundle.folder import BANK, Bundle, BundleError
 from .decision import Decider, Prediction, check_finite
 from .images import load, resize
 from .memory import state
-from .memory.guard import SUSPICION, excess
+from .memory.guard import hold_back
 from .memory.k_center import single_threaded
 from .memory.thresholds import thresholds
 from .memory.update import Report, Update
@@ -39,12 +39,14 @@ class Learned:
 
     Attributes:
         report: What changed in the memory bank.
-        held_back: Images that were not learned because they look anomalous, and the factor by which each exceeds the
-            threshold of its variant.
     """
 
     report: Report
-    held_back: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def held_back(self) -> dict[str, float]:
+        """Images that were not learned because they look anomalous; see :class:`Report`."""
+        return self.report.held_back
 
 
 class EdgeDetector:
@@ -162,7 +164,7 @@ class EdgeDetector:
     ) -> Learned:
         """Learn good images; :meth:`save` makes it last. When it fails, nothing is changed.
 
-        The same images bring the same knowledge as with ``partial_fit`` on a training PC.
+        The images that are learned bring the same knowledge as with ``partial_fit`` on a training PC.
 
         Args:
             images: As in :meth:`predict`.
@@ -192,17 +194,14 @@ class EdgeDetector:
                 embedding = self._network(image)["embedding"]
                 patches = embedding.reshape(-1, embedding.shape[-1])
                 check_finite(patches, name)
-                multiple = 0.0 if force else excess(patches, variant, known.bank, limits)
-                if multiple > SUSPICION:
-                    update.report.held_back[name] = multiple
-                else:
+                if force or not hold_back(update.report, name, patches, variant, known.bank, limits):
                     update.add(self._normalized(image)[None], variant, patches=patches[None])
                 if progress is not None:
                     progress(number)
             report = update.commit()
             if update.bank is not known.bank:
                 self._decider = Decider(update.bank, self._bundle.metadata)
-        return Learned(report, report.held_back)
+        return Learned(report)
 
     def _normalized(self, image: Array) -> Array:
         return (image - self._mean) / self._std

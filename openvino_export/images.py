@@ -83,7 +83,7 @@ def check_file(path: str | Path) -> None:
 
 
 def _check_header(image: Image.Image, path: str | Path) -> None:
-    _check_size(*image.size, str(path))
+    check_size(*image.size, str(path))
     if image.mode.startswith(("I", "F")):
         msg = (
             f"{path} has pixels of mode {image.mode!r} (more than 8 bits). They would be clipped to 8 bits: "
@@ -98,7 +98,7 @@ def _from_array(pixels: NDArray[Any], name: str) -> Array:
     if pixels.ndim != 3 or pixels.shape[2] not in {1, 3, 4}:
         msg = f"{name} must be of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {pixels.shape}."
         raise ValueError(msg)
-    _check_size(pixels.shape[1], pixels.shape[0], name)
+    check_size(pixels.shape[1], pixels.shape[0], name)
     pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3)) if pixels.shape[2] == 1 else pixels[..., :3]
     if pixels.dtype == np.uint8:
         return _to_float(pixels)
@@ -121,7 +121,7 @@ def check_values(image: Array, name: str) -> Array:
     Raises:
         ValueError: If it is too small, not finite, or not in [0, 1].
     """
-    _check_size(image.shape[2], image.shape[1], name)
+    check_size(image.shape[2], image.shape[1], name)
     if not np.isfinite(image).all():
         msg = f"{name} holds NaN or infinite values."
         raise ValueError(msg)
@@ -131,7 +131,12 @@ def check_values(image: Array, name: str) -> Array:
     return image
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def check_size(width: int, height: int, name: str) -> None:
+    """Refuse an image with too short a side.
+
+    Raises:
+        ValueError: If it is one.
+    """
     if min(width, height) < SMALLEST_SIDE:
         msg = f"{name} has {width} x {height} pixels; at least {SMALLEST_SIDE} each way are needed to judge it."
         raise ValueError(msg)

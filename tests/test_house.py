@@ -119,3 +119,29 @@ def test_properties_cost_nothing() -> None:
             costly.append(f"{place} {node.name}: {', '.join(sorted(costs))}")
     assert number > 5
     assert not costly, "\n".join(costly)
+
+
+def test_learning_is_one_transaction() -> None:
+    """Only the memory changes banks and opens pools; all who learn begin an update.
+
+    By the names of what is called: a bank gets variants in `memory/` alone, and updates begin in the four places that
+    learn. A call under another name is not seen.
+    """
+    begins, changes = set(), set()
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                called = node.func if isinstance(node, ast.Call) else None
+                name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", None)
+                place = path.relative_to(ROOT).as_posix()
+                if name in {"with_variants", "PatchPool"}:
+                    changes.add(place)
+                if name == "Update":
+                    begins.add(place)
+    assert {Path(place).parent.as_posix() for place in changes} == {"openvino_export/memory"}
+    assert begins == {
+        "anomalib_ext/benchmark/learners.py",
+        "anomalib_ext/models/continual_patchcore/torch_model.py",
+        "openvino_export/detector.py",
+        "openvino_export/memory/state.py",
+    }

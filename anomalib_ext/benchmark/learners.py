@@ -16,7 +16,7 @@ from anomalib_ext.models.components.patchcore import anomaly_maps, search
 from openvino_export.memory import state as memory_state
 from openvino_export.memory.k_center import farthest_first, nearest
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import calibration_patches, f1_threshold, thresholds
+from openvino_export.memory.thresholds import calibration_patches, f1_threshold, image_thresholds
 from openvino_export.memory.update import Update
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class ContinualPatchCoreLearner(Learner):
     def decide(self, test: Any, validation: InferenceBatch, task: Task) -> torch.Tensor:  # noqa: ANN401  # with variant
         """By the threshold of the variant that each image is found to be of."""
         del validation, task
-        limits = torch.tensor([thresholds(self.memory, name)["image"][0] for name in self.memory.variants])
+        limits = torch.tensor(list(image_thresholds(self.memory).values()))
         return test.pred_score > limits[test.variant]
 
     def state(self) -> State:

@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from openvino_export.images import SMALLEST_SIDE
+from openvino_export.images import check_size
 
 # Without a texture folder: surfaces among the photographs in the wheel of scikit-image, which Anomalib requires.
 _TEXTURES = ("brick.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png")
@@ -276,9 +276,7 @@ def _check(image: torch.Tensor) -> None:
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
         msg = f"An RGB image of shape (3, H, W) in floating point is needed, got {tuple(image.shape)}, {image.dtype}."
         raise ValueError(msg)
-    if min(image.shape[1:]) < SMALLEST_SIDE:
-        msg = f"The image has {image.shape[2]} x {image.shape[1]} pixels; at least {SMALLEST_SIDE} each way are needed."
-        raise ValueError(msg)
+    check_size(image.shape[2], image.shape[1], "The image")
     lowest, highest = (float(value) for value in image.aminmax())  # both NaN if one value is
     if not (lowest >= -_ROUNDING and highest <= 1 + _ROUNDING):
         msg = f"The image has values from {lowest} to {highest}; from 0 to 1, before normalization, are needed."

@@ -39,7 +39,7 @@ def bank_tables(bank: MemoryBank, dimension: int, capacity: int) -> dict[str, ND
     """The bank as it is searched; unused rows are zero, with an infinite square.
 
     Args:
-        bank: Bank, without what is still in its stream.
+        bank: What is known.
         dimension: Length `d` of a vector.
         capacity: Number of variants that there is room for.
 
@@ -63,7 +63,7 @@ def threshold_tables(bank: MemoryBank, capacity: int) -> dict[str, NDArray[np.fl
     """Thresholds of all variants; what is unknown is NaN, and so are unused rows.
 
     Args:
-        bank: Bank, without what is still in its stream.
+        bank: What is known.
         capacity: Number of rows.
 
     Returns:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .memory_bank import MemoryBank
+    from .update import Report
 
 # An image that is said to be good is suspicious if it scores so many times the threshold of its variant.
 SUSPICION = 1.75
@@ -36,3 +37,28 @@ def excess(
     if not threshold > 0:  # NaN as well
         return 0.0
     return float(bank.search(patches)[0].max()) / threshold
+
+
+def hold_back(
+    report: Report,
+    name: str,
+    patches: NDArray[np.float32],
+    variant: str | None,
+    bank: MemoryBank,
+    thresholds: Mapping[str, float],
+) -> bool:
+    """Whether an image is suspicious and so is not to be learned; the report of the update then names it.
+
+    Args:
+        report: Report of the update that it was meant for.
+        name: What the report calls the image.
+        patches: As for :func:`excess`, and so are the others.
+        variant: Name of the variant.
+        bank: What was known before the update.
+        thresholds: Image threshold of each variant.
+    """
+    multiple = excess(patches, variant, bank, thresholds)
+    if multiple <= SUSPICION:
+        return False
+    report.held_back[name] = multiple
+    return True

@@ -206,7 +206,7 @@ class PatchPool:
     def result(self, size: int, threshold: float) -> Variant:
         """The variant with at most `size` vectors, or as many as its scale takes, without calibration.
 
-        The stream is used up.
+        The pool is used up.
 
         Args:
             size: Budget of the bank.

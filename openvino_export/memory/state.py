@@ -231,7 +231,7 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
     if len({entry["name"] for entry in entries}) < len(entries):
         problems.append("a variant is there twice")
     if len({stream["name"] for stream in plain["streams"]}) < len(plain["streams"]):
-        problems.append("a stream is there twice")
+        problems.append("a pool is there twice")
     for position, stream in enumerate(plain["streams"]):
         points, radii = (arrays[f"stream_{position}_{key}"] for key in ("points", "radii"))
         if np.isnan(radii).any() or (radii < 0).any():
@@ -239,9 +239,9 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         if points.dtype != np.float32:
             problems.append(f"stream_{position}_points are of {points.dtype} in place of float32")
         if not stream["name"] or stream["divided_at"] not in {0, *range(LISTS, len(points) + 1)}:
-            problems.append(f"name or divided_at of stream {position} are out of range")
+            problems.append(f"name or divided_at of pool {position} are out of range")
         if not all(stream[key] >= 0 for key in ("resolution", "spread", "images")):
-            problems.append(f"resolution, spread or images of stream {position} are out of range")
+            problems.append(f"resolution, spread or images of pool {position} are out of range")
     first = 0
     for entry, count in zip(entries, counts, strict=True):
         radii = arrays["radii"][first : first + count]

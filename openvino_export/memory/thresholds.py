@@ -181,6 +181,11 @@ def thresholds(bank: MemoryBank, variant: str) -> dict[str, tuple[float, float, 
     }
 
 
+def image_thresholds(bank: MemoryBank) -> dict[str, float]:
+    """Image threshold of each variant, NaN where nothing is known."""
+    return {name: thresholds(bank, name)["image"][0] for name in bank.variants}
+
+
 def f1_threshold(scores: Array, labels: NDArray[np.bool_]) -> float:
     """Score above which an image is called anomalous, best by F1; the highest score if no image is anomalous.
 

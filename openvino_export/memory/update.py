@@ -77,9 +77,10 @@ class Report:
             ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
             for counts in (self.added, self.removed)
         )
+        held_back = f", {len(self.held_back)} held back" if self.held_back else ""
         return (
-            f"learned {learned} ({self.known_images} known already); vectors added {added}, removed {removed}, now "
-            f"{self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; selection "
+            f"learned {learned} ({self.known_images} known already{held_back}); vectors added {added}, removed {removed}, "
+            f"now {self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; selection "
             f"{self.seconds:.1f} s"
         )
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from openvino_export.decision import check_finite
 from openvino_export.images import check_values, load
-from openvino_export.memory.guard import SUSPICION, excess
+from openvino_export.memory.guard import hold_back
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import thresholds
+from openvino_export.memory.thresholds import image_thresholds as bank_thresholds
 from openvino_export.memory.update import Update
 
 from .post_processor import VariantPostProcessor
@@ -60,7 +60,7 @@ def image_thresholds(bank: MemoryBank, post_processor: nn.Module | None) -> dict
     names = list(bank.variants)
     if isinstance(post_processor, VariantPostProcessor):
         return dict(zip(names, post_processor.image_thresholds(len(names)), strict=True))
-    return {name: thresholds(bank, name)["image"][0] for name in names}
+    return bank_thresholds(bank)
 
 
 def add_images(
@@ -95,8 +95,6 @@ def add_images(
             embedding = model.embed_arrays(prepared)
             patches = embedding.reshape(1, -1, embedding.shape[-1])
             check_finite(patches, name)
-            multiple = excess(patches[0], variant, model.bank, limits)
-            if multiple > SUSPICION:
-                update.report.held_back[name] = multiple
+            if hold_back(update.report, name, patches[0], variant, model.bank, limits):
                 continue
         update.add(prepared, variant, patches=patches)

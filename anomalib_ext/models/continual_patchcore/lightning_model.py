@@ -2,7 +2,8 @@
 """ContinualPatchCore in a trainer: learning, calibration, checkpoints and reports.
 
 PatchCore (arXiv 2106.08265) that goes on learning, after arXiv 2512.13497, of which the abstract and summaries were
-available; the update rule, the thresholds by variant and the one-shot views are ours. See the README beside this file.
+available; the update rule, the thresholds by variant and the views of few images are ours. See the README beside this
+file.
 """
 
 import logging
@@ -28,7 +29,6 @@ from anomalib_ext.export import BundleContent
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.checks import check_files
 from anomalib_ext.models.components.patchcore import PatchCoreModule
-from anomalib_ext.models.components.training import UnreadableImages
 from openvino_export.memory.update import Report
 
 from .graph import bundle_content
@@ -200,7 +200,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, and one for what fails."""
-        return [*cast("list[Callback]", super().configure_callbacks()), _AfterException()]
+        return [*cast("list[Callback]", super().configure_callbacks()), _DropUpdate()]
 
     def on_train_epoch_start(self) -> None:
         """Begin to learn."""
@@ -341,11 +341,13 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         self.model.read_state(state_dict["model._extra_state"])
 
 
-class _AfterException(UnreadableImages):
-    """After a fit that failed, what was known before remains; and unreadable images are named, if those were why."""
+class _DropUpdate(Callback):
+    """After a fit that failed, what was known before remains."""
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Drop the update and explain."""
+    def on_exception(  # noqa: PLR6301  # Lightning's hook
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Drop the update."""
+        del exception
         if trainer.state.fn == TrainerFn.FITTING and isinstance(pl_module, ContinualPatchCore):
             pl_module._drop_update()  # noqa: SLF001  # its own module
-        super().on_exception(trainer, pl_module, exception)
