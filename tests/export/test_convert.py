@@ -100,26 +100,28 @@ def test_nothing_is_reported(small_two: ContinualPatchCore, tmp_path: Path, monk
 
 
 def test_exports_at_once() -> None:
-    """When both are done, other users of OpenVINO report as before."""
+    """When two that overlap are done, other users of OpenVINO report as before."""
     send = TelemetrySender.send
-    entered, leave = threading.Event(), threading.Event()
+    began, joined, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def export(*, wait: bool) -> None:
+    def first() -> None:
         with without_telemetry():
-            assert TelemetrySender.send is not send
-            if wait:
-                entered.set()
-                assert leave.wait(30)
+            began.set()
+            joined.wait(0.2)  # the other one need not get in before this one is out
+        ended.set()
 
-    first = threading.Thread(target=export, kwargs={"wait": True})
-    second = threading.Thread(target=export, kwargs={"wait": False})
-    first.start()
-    assert entered.wait(30)
-    second.start()
-    second.join(0.2)  # as far as it gets meanwhile
-    leave.set()
-    first.join()
-    second.join()
+    def second() -> None:
+        with without_telemetry():
+            joined.set()
+            ended.wait(10)
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert began.wait(10)
+    assert TelemetrySender.send is not send
+    threads[1].start()
+    for thread in threads:
+        thread.join()
     assert TelemetrySender.send is send
 
 
