@@ -79,9 +79,9 @@ class Report:
         )
         held_back = f", {len(self.held_back)} held back" if self.held_back else ""
         return (
-            f"learned {learned} ({self.known_images} known already{held_back}); vectors added {added}, removed {removed}, "
-            f"now {self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; selection "
-            f"{self.seconds:.1f} s"
+            f"learned {learned} ({self.known_images} known already{held_back}); vectors added {added}, removed "
+            f"{removed}, now {self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; "
+            f"selection {self.seconds:.1f} s"
         )
 
 
