@@ -185,7 +185,8 @@ def test_arrays_and_graph_decide_alike(
     """Whatever is known of thresholds, with the post-processor by variant, Anomalib's own, and none."""
     bank = bank_of(kind)
     model.bank, model.num_neighbors = bank, num_neighbors
-    model.refresh(bank)
+    model.bank = bank
+    model.refresh()
     options = {"enable_normalization": normalization, "enable_thresholding": thresholding}
     by_variant = VariantPostProcessor(image_sensitivity=0.3, pixel_sensitivity=0.8, **options)
     by_variant.refresh(bank)

@@ -70,7 +70,7 @@ def test_both_sides_hold_back_the_same(
     kept = [calibration_patches(bank, "stripes", each, bank.search(each)[0]) for each in patches]
     bank = calibrated(bank, "stripes", np.stack(kept), np.zeros(len(kept), bool))
     guarded.model.bank = bank
-    guarded.model.refresh(bank)
+    guarded.model.refresh()
     guarded.post_processor.refresh(bank)
     edge._decider = Decider(bank, edge._bundle.metadata)
 
