@@ -5,7 +5,6 @@ The steps and their arguments are those of Studio's training and model services,
 """
 
 import base64
-import inspect
 import io
 import shutil
 from collections.abc import Callable
@@ -160,34 +159,37 @@ def uploads(products: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-# Arguments that make a model small; by its name alone, it has them as defaults in this test.
-SMALL: dict[str, tuple[type, dict[str, Any]]] = {
-    "continual_patch_core": (ContinualPatchCore, {}),
+# By its name alone, a model has these arguments as defaults in this test.
+CASES: dict[str, tuple[type, dict[str, Any]]] = {
+    "continual_patch_core": (ContinualPatchCore, {"layers": ("blocks.0", "blocks.1")}),
+    "continual_patch_core as it is": (ContinualPatchCore, {}),
     "sa_cfa_patch_core": (SaCfaPatchCore, {"backbone": "tf_efficientnet_lite0", "layers": ("blocks.2", "blocks.4")}),
     "rd_akf": (RdAkf, {"backbone": "resnet18"}),
     "crr": (Crr, {"encoder": "test_vit", "head_width": 8, "repair_steps": 2, "segment_steps": 2}),
 }
-LEARNS_AT_ONCE = ("continual_patch_core", "sa_cfa_patch_core")  # the others have an epoch, and weights at random
+QUICK, *OTHERS = CASES
+SIDE = 128  # of an image, in pixels
+LEARN_AT_ONCE = (ContinualPatchCore, SaCfaPatchCore)  # the others have an epoch, and weights at random
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have all models by their names alone be small, with backbones from a hub that has random weights."""
-    for model, arguments in SMALL.values():
-        names = list(inspect.signature(model).parameters)
-        defaults = dict(zip(names, model.__init__.__defaults__, strict=True))
-        assert arguments.keys() <= defaults.keys()
-        monkeypatch.setattr(model.__init__, "__defaults__", tuple({**defaults, **arguments}.values()))
-    monkeypatch.setattr(Crr.configure_pre_processor, "__defaults__", ((128, 128), None, "test_vit"))
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, set_defaults: Callable[..., None]) -> str:
+    """Return a name by which a model is small, with a backbone from a hub that has random weights."""
+    model, arguments = CASES[request.param]
+    set_defaults(monkeypatch, model.__init__, **arguments)
+    encoder = {"encoder": arguments["encoder"]} if model is Crr else {}
+    set_defaults(monkeypatch, model.configure_pre_processor, image_size=(SIDE, SIDE), **encoder)
     monkeypatch.setattr(
         backbone,
         "_download",
         lambda name, _, indices: backbone._create(name, indices, timm.create_model(name).state_dict()),
     )
+    return convert_to_snake_case(model.__name__)
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "name", [QUICK, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)], indirect=True
+)
 def test_sequence(name: str, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of this name is trained, exported and asked, and exported again, quantised, from its checkpoint."""
     monkeypatch.chdir(uploads)
@@ -212,9 +214,9 @@ def test_sequence(name: str, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> 
         answers = {file.stem[:4]: judge(exported, file.read_bytes()) for file in (uploads / "test").iterdir()}
         for answer in answers.values():
             with Image.open(io.BytesIO(base64.b64decode(answer["anomaly_map"]))) as heat_map:
-                assert (heat_map.mode, heat_map.size) == ("RGBA", (128, 128) if name == "crr" else (256, 256))
+                assert (heat_map.mode, heat_map.size) == ("RGBA", (SIDE, SIDE))
             assert answer["label"] == ("Anomalous" if answer["score"] > 0.5 else "Normal")
-        if name in LEARNS_AT_ONCE:
+        if isinstance(model, LEARN_AT_ONCE):
             assert {kind: answer["label"] for kind, answer in answers.items()} == {
                 "good": "Normal",
                 "hole": "Anomalous",
