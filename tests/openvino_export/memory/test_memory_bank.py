@@ -33,6 +33,7 @@ def test_a_bank_never_changes(dtype: str) -> None:
     bank = filled(dtype=dtype, calibrated=True)
     with unchanged(bank):
         update = Update(bank)
+        update.calibrate("b", np.ones((1, 16, 4), np.float32), np.array([False]))
         for seed in range(3):
             update.add(50 + draw("lobes", "a", seed, 90), "a", image_hash=seed)
             update.add(draw("lobes", "c", seed, 90), "c")

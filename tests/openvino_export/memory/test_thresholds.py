@@ -200,6 +200,10 @@ def test_thresholds_from_views(wide: bool, strength: float) -> None:
     assert calibration.margin > 1
     assert second["image"][0] == pytest.approx(score, rel=1e-5)
     assert second["pixel"][0] == pytest.approx(calibration.margin * calibration.pixel[0], rel=1e-5)
+    # What was raised is not raised again.
+    again = calibrated_from_views(bank, "waves", [image], embed, wide).variants["waves"].calibration
+    assert again is not None
+    assert again.pixel == pytest.approx(calibration.pixel, rel=1e-3)
 
     bank = calibrated(bank, "waves", np.ones((2, CALIBRATION_PATCHES, 3), np.float32), np.array([False, True]))
     assert calibrated_from_views(bank, "waves", [other], embed, wide) is bank
