@@ -16,13 +16,13 @@ import pytest
 import torch
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from PIL import Image
-from safetensors import safe_open
 
 from anomalib_ext.models import ContinualPatchCore
 from openvino_export.bundle import folder as bundle
 from openvino_export.bundle import ir
 from openvino_export.bundle.constants import graph_tables
-from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory import state
+from openvino_export.memory.thresholds import thresholds
 
 Make = Callable[..., Any]
 
@@ -169,12 +169,9 @@ def test_bundle(two: ContinualPatchCore, product_images: torch.Tensor, make_engi
         "features.bin",
         "bank.safetensors",
     }
-    with safe_open(path.parent / "bank.safetensors", "numpy") as file:
-        plain = json.loads(file.metadata()["plain"])
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
-    bank = MemoryBank.from_arrays(arrays, plain)
-    assert np.array_equal(bank.vectors, two.model.bank.vectors)
-    assert bank.thresholds("dots") == two.model.bank.thresholds("dots")
+    bank = state.from_bytes((path.parent / "bank.safetensors").read_bytes())
+    assert np.array_equal(bank.vectors(), two.model.bank.vectors())
+    assert thresholds(bank, "dots") == thresholds(two.model.bank, "dots")
 
     features = embed(path, product_images)
     with torch.no_grad():
