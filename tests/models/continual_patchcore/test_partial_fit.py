@@ -106,6 +106,7 @@ def test_one_image_at_a_time(make_tiny: Make, files: Make, f1_of: Make) -> None:
     assert f1_of(model, "stripes") >= 0.8
 
 
+@pytest.mark.slow
 def test_thresholds_of_a_single_image(tmp_path: Path) -> None:
     """Without any validation, most new images of a product of which one image was learned are called good."""
     data = PhotoVariants(tmp_path, "brick")

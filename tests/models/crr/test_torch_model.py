@@ -127,6 +127,7 @@ def test_fused_map_and_score(steps: int) -> None:
     torch.testing.assert_close(result.anomaly_map, small)
 
 
+@pytest.mark.slow
 def test_it_is_dinomaly_without_repair_mask_and_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same weights, loss, gradients, score and, but for the blur, map are those of Anomalib's."""
 
