@@ -274,6 +274,16 @@ def assert_exported() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
+def assert_like_torch(torch_outputs: Callable[..., Any], assert_exported: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that compares a file in OpenVINO with the model that it was exported from."""
+
+    def check(path: Path, model: Any, images: Any, tolerance: float = 1e-3) -> None:  # noqa: ANN401
+        assert_exported(path, images, torch_outputs(model, images), tolerance)
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def conversions() -> Any:  # noqa: ANN401
     """Return the graphs of :func:`one_conversion`, by model."""
     from weakref import WeakKeyDictionary

@@ -23,8 +23,7 @@ Make = Callable[..., Any]
 def test_compression_to_half_precision(
     small_two: ContinualPatchCore,
     product_images: torch.Tensor,
-    torch_outputs: Make,
-    assert_exported: Make,
+    assert_like_torch: Make,
     make_engine: Make,
     tmp_path: Path,
 ) -> None:
@@ -37,7 +36,7 @@ def test_compression_to_half_precision(
         compression_type=CompressionType.FP16,
     )
     assert 'element_type="f16"' in path.read_text()
-    assert_exported(path, product_images, torch_outputs(small_two, product_images), tolerance=0.02)
+    assert_like_torch(path, small_two, product_images, tolerance=0.02)
 
 
 @pytest.mark.usefixtures("one_conversion")

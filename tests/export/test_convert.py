@@ -40,8 +40,7 @@ class Mean(nn.Module):
 def test_a_fixed_batch(
     small_two: ContinualPatchCore,
     product_images: torch.Tensor,
-    torch_outputs: Make,
-    assert_exported: Make,
+    assert_like_torch: Make,
     make_engine: Make,
     tmp_path: Path,
 ) -> None:
@@ -49,14 +48,13 @@ def test_a_fixed_batch(
     path = make_engine().export(small_two, "openvino", export_root=tmp_path, ov_kwargs={"input": [1, 3, 64, 64]})
     assert not ov.Core().read_model(path).is_dynamic()
     assert not ov.Core().read_model(path.with_name("features.xml")).is_dynamic()
-    assert_exported(path, product_images[:1], torch_outputs(small_two, product_images[:1]))
+    assert_like_torch(path, small_two, product_images[:1])
 
 
 def test_other_sizes(
     small_two: ContinualPatchCore,
     product_images: torch.Tensor,
-    torch_outputs: Make,
-    assert_exported: Make,
+    assert_like_torch: Make,
     make_engine: Make,
     tmp_path: Path,
 ) -> None:
@@ -64,7 +62,7 @@ def test_other_sizes(
     larger = nn.functional.interpolate(product_images, size=(96, 80))
     path = make_engine().export(small_two, "openvino", export_root=tmp_path, input_size=(96, 80))
     assert ov.Core().read_model(path).inputs[0].partial_shape.to_string() == "[?,3,96,80]"
-    assert_exported(path, larger, torch_outputs(small_two, larger))
+    assert_like_torch(path, small_two, larger)
 
     for pre_processor in (False, PreProcessor(Resize(64))):
         small_too = deepcopy(small_two)

@@ -48,23 +48,23 @@ def prepared(model: AnomalibModule) -> AnomalibModule:
 
 
 @pytest.mark.parametrize("make", [lambda: rd_akf("position"), pytest.param(het_net, marks=pytest.mark.slow)])
-def test_openvino(make: Make, make_engine: Make, torch_outputs: Make, assert_exported: Make, tmp_path: Path) -> None:
+def test_openvino(make: Make, make_engine: Make, assert_like_torch: Make, tmp_path: Path) -> None:
     """The folder says the same as torch, for one image and for several, and what it was made from."""
     model = prepared(make())
     path = make_engine().export(model, ExportType.OPENVINO, export_root=tmp_path)
     images = torch.rand(3, 3, *SIZE)
-    assert_exported(path, images, torch_outputs(model, images), tolerance=1e-4)
+    assert_like_torch(path, model, images, tolerance=1e-4)
     metadata = json.loads((path.parent / "metadata.json").read_text())
     assert (metadata["model"], metadata["backbone"]) == (type(model).__name__, "resnet18")
 
 
 @pytest.mark.slow
-def test_onnx(make_engine: Make, torch_outputs: Make, assert_exported: Make, tmp_path: Path) -> None:
+def test_onnx(make_engine: Make, assert_like_torch: Make, tmp_path: Path) -> None:
     """So does Anomalib's own export; the OpenVINO model of the other test was converted from the same graph."""
     model = prepared(rd_akf("content"))
     path = make_engine().export(model, ExportType.ONNX, export_root=tmp_path, input_size=SIZE)
     images = torch.rand(3, 3, *SIZE)
-    assert_exported(path, images, torch_outputs(model, images), tolerance=1e-4)
+    assert_like_torch(path, model, images, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("make", [lambda: rd_akf("position"), het_net])
