@@ -12,7 +12,7 @@ from anomalib.deploy import CompressionType
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchmetrics import Metric
@@ -56,7 +56,8 @@ class InspectionModule(LightningModule):
 
     @property
     def _is_fitting(self) -> bool:
-        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        state = None if self._trainer is None else self._trainer.state
+        return state is not None and (state.fn, state.status) == (TrainerFn.FITTING, TrainerStatus.RUNNING)
 
     # Steps
 

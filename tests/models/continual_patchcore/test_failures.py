@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder, ImageBatch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -253,3 +254,21 @@ def test_damaged_weights_learn_nothing(
     with pytest.raises(ValueError, match=r"not finite|NaN or infinite"):
         model.partial_fit(tensors("stripes", "test/good"), "stripes", hold_back=hold_back)
     assert state_of(model) == before
+
+
+class _Learns(Callback):
+    """Has the model learn an image in the middle of a fit."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:  # noqa: PLR6301
+        """Learn."""
+        del trainer, args
+        assert isinstance(pl_module, ContinualPatchCore)
+        with pytest.raises(RuntimeError, match="A trainer is fitting this model"):
+            pl_module.partial_fit(torch.rand(1, 3, 64, 64), "other")
+
+
+def test_a_fit_is_not_disturbed(model: ContinualPatchCore, make_data: Make, make_engine: Make) -> None:
+    """In the middle of it, ``partial_fit`` is refused; when it has ended, it is not."""
+    make_engine(callbacks=[_Learns()]).fit(model, datamodule=make_data("checks"))
+    assert list(model.model.bank.variants) == ["stripes", "dots", "checks"]
+    assert model.partial_fit(torch.rand(1, 3, 64, 64), "other").variants == {"other": 1}
