@@ -66,6 +66,7 @@ class Decider:
         self.names = list(bank.variants)
         self.metadata = metadata
         self.num_neighbors = min(int(metadata.get("num_neighbors", 1)), len(bank))
+        self._search = bank.index.search  # made now, not at the first image
         self._owners = bank.owners()
         # Only neighbors that weigh need the vectors themselves.
         self._vectors = bank.vectors() if self.num_neighbors > 1 else None
@@ -80,10 +81,6 @@ class Decider:
                 rows[:] = np.nan
             self.ranges[kind] = np.where(np.isnan(rows), last, rows)
 
-    def image_thresholds(self) -> dict[str, float]:
-        """Threshold of each variant's raw image scores; NaN where nothing is known."""
-        return dict(zip(self.names, self.ranges["image"][:, 0].tolist(), strict=True))
-
     def decide(self, embedding: Array, size: tuple[int, int], source: str | None = None) -> Prediction:
         """Search the bank and decide.
 
@@ -97,7 +94,7 @@ class Decider:
         """
         patches = embedding.reshape(-1, embedding.shape[-1])
         check_finite(patches, source)
-        distances, index = self.bank.search(patches)
+        distances, index = self._search(patches)
         position = vote(self._owners, index)
         score = image_score(patches, distances, index, self._vectors, self.num_neighbors)
         pixels = anomaly_maps(distances.reshape(embedding.shape[:2]), *size)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from .images import load, resize
 from .memory import state
 from .memory.guard import hold_back
 from .memory.k_center import single_threaded
-from .memory.thresholds import thresholds
-from .memory.update import Report, Update
+from .memory.thresholds import image_thresholds, thresholds
+from .memory.update import Update
 from .network import Network
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from numpy.typing import NDArray
+
+    from .memory.report import Report
 
     Array = NDArray[np.float32]
     Source = str | Path | NDArray[Any]
@@ -187,7 +190,8 @@ class EdgeDetector:
         with self._changing, single_threaded():
             known = self._known()
             update = Update(known.bank, self._embed, bool(self._bundle.metadata.get("one_shot")))
-            limits = known.image_thresholds()
+            last = self._bundle.metadata.get("last_values", {}).get("image", [None])[0]
+            limits = image_thresholds(known.bank, math.nan if last is None else last)
             for number, item in enumerate(items, 1):
                 name = _source(item) or f"image {number}"
                 image = resize(load(item, name), self.input_size)

@@ -64,6 +64,7 @@ class Network:
             msg = f"{name} of {bundle.folder} cannot be run on {device} in {precision}: {reason}"
             raise ValueError(msg) from error
         self._own = threading.local()
+        self._starting = threading.Lock()
         self.parallel = 1
 
     def __call__(self, image: Array) -> dict[str, NDArray[Any]]:
@@ -75,12 +76,17 @@ class Network:
         # Copies, since the request will be used again.
         return {name: request.get_output_tensor(i).data[0].copy() for i, name in enumerate(self._names)}
 
-    @cached_property
+    @property
     def workers(self) -> ThreadPoolExecutor:
         """Threads for many images: as many as OpenVINO runs at a time when it is to reach the highest throughput.
 
         Not OpenVINO's own queue: a callback that is still running when Python ends aborts the process.
         """
+        with self._starting:  # two threads that ask first would compile twice
+            return self._workers
+
+    @cached_property
+    def _workers(self) -> ThreadPoolExecutor:
         compiled, own = self._compile("THROUGHPUT"), self._own
         self.parallel = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .memory_bank import MemoryBank
-    from .update import Report
+    from .report import Report
 
 # An image that is said to be good is suspicious if it scores so many times the threshold of its variant.
 SUSPICION = 1.75

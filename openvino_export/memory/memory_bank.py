@@ -116,7 +116,8 @@ class MemoryBank:
         return np.repeat(np.arange(len(counts)), counts)
 
     @cached_property
-    def _index(self) -> NearestNeighbors:
+    def index(self) -> NearestNeighbors:
+        """The vectors as they are searched, made when first asked for."""
         return NearestNeighbors(self.vectors())
 
     def search(self, patches: Array) -> tuple[Array, NDArray[np.int64]]:
@@ -128,7 +129,7 @@ class MemoryBank:
         Returns:
             Distance of each patch to its nearest vector, and the index of that vector, each of shape `(m,)`.
         """
-        return self._index.search(patches)
+        return self.index.search(patches)
 
     def identify(self, patches: Array) -> str | None:
         """Variant to which an image with patches of shape `(n, d)` belongs, None if it is of none that was learned."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openvino_export.images import image_hash
+
 from .memory_bank import MemoryBank
 from .patch_pool import LISTS, PatchPool
 from .thresholds import CALIBRATION_PATCHES
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .update import Waiting
+
 SCHEMA_VERSION = 2
 
 
@@ -28,7 +32,7 @@ def to_arrays(known: MemoryBank | Update) -> tuple[dict[str, NDArray[Any]], dict
     The keys are those of the first files: `covers` are cover radii, `resolution` is the merge radius, `novelties` are
     prequential scores, and a stream is a pool.
     """
-    bank, pools = (known.bank, known.pools) if isinstance(known, Update) else (known, {})
+    bank = known.bank if isinstance(known, Update) else known
     variants = bank.variants.values()
     dimension = bank.dimension() or 0
     empty = Calibration(
@@ -70,11 +74,30 @@ def to_arrays(known: MemoryBank | Update) -> tuple[dict[str, NDArray[Any]], dict
         ],
         "streams": [],
     }
-    for position, pool in enumerate(pools.values()):
+    if isinstance(known, Update) and known.is_open():
+        _add_update(known, arrays, plain)
+    return arrays, plain
+
+
+def _add_update(update: Update, arrays: dict[str, NDArray[Any]], plain: dict[str, Any]) -> None:
+    """Add what an update holds besides its bank."""
+    for position, pool in enumerate(update.pools.values()):
         own, described = pool.to_arrays()
         arrays |= {f"stream_{position}_{key}": value for key, value in own.items()}
         plain["streams"].append(described)
-    return arrays, plain
+    names = list(dict.fromkeys(update.learned.values()))
+    plain["learned"] = names
+    arrays["learned_hashes"] = np.array(list(update.learned), np.int64)
+    arrays["learned_variants"] = np.array([names.index(name) for name in update.learned.values()], np.int64)
+    waiting = [
+        (name, image, patches)
+        for name, images in update.waiting.items()
+        for image, _, patches in images
+        if patches is not None
+    ]
+    plain["waiting"] = [name for name, *_ in waiting]
+    for position, (_, image, patches) in enumerate(waiting):
+        arrays |= {f"waiting_{position}_image": image, f"waiting_{position}_patches": patches}
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> Update:
@@ -108,7 +131,17 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) ->
         pool = PatchPool(name, bank.variants.get(name), own["points"].shape[1], capacity, bank.dtype)
         pool.restore(own, described)
         pools.append(pool)
-    return Update(bank, pools=pools)
+    learned = {value: pool.name for pool in pools for value in pool.hashes}  # files of before say no more
+    if "learned" in plain:
+        owners = (plain["learned"][i] for i in arrays["learned_variants"].tolist())
+        learned = dict(zip(arrays["learned_hashes"].tolist(), owners, strict=True))
+    waiting: Waiting = {}
+    for position, name in enumerate(plain.get("waiting", [])):
+        image, patches = (np.array(arrays[f"waiting_{position}_{key}"]) for key in ("image", "patches"))
+        waiting.setdefault(name, []).append((image, image_hash(image), patches))
+    update = Update(bank)
+    update.resume(pools, waiting, learned)
+    return update
 
 
 def _variants(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> dict[str, Variant]:
@@ -203,19 +236,9 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         "calibration_margins",
         "novelties",
     ]
-    for position in range(len(plain["streams"])):
-        prefix = f"stream_{position}_"
-        count = len(arrays[f"{prefix}points"])
-        dimension = dimension or arrays[f"{prefix}points"].shape[-1]  # 0 while the bank is empty
-        shapes |= {
-            f"{prefix}points": (count, dimension),
-            f"{prefix}radii": (count,),
-            f"{prefix}covers": (count,),
-            f"{prefix}prototype": (dimension,),
-            f"{prefix}hashes": (arrays[f"{prefix}hashes"].size,),
-            f"{prefix}novelties": (arrays[f"{prefix}novelties"].size,),
-        }
-        finite += [f"{prefix}{key}" for key in ("points", "covers", "prototype", "novelties")]
+    more, also_finite = _shapes_of_update(arrays, plain, dimension)
+    shapes |= more
+    finite += also_finite
     problems = [
         f"{key} has the shape {arrays[key].shape} in place of {shape}"
         for key, shape in shapes.items()
@@ -232,6 +255,57 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         problems.append("a variant is there twice")
     if len({stream["name"] for stream in plain["streams"]}) < len(plain["streams"]):
         problems.append("a pool is there twice")
+    problems += _problems_of_update(arrays, plain)
+    first = 0
+    for entry, count in zip(entries, counts, strict=True):
+        radii = arrays["radii"][first : first + count]
+        first += count
+        if count < 1 or radii[0] != np.inf or not (np.diff(radii) <= 0).all():
+            problems.append(f"radii of {entry['name']} do not fall from infinity")
+        if not (entry["scale"] > 0 and all(entry[key] >= 0 for key in ("resolution", "spread", "images"))):
+            problems.append(f"scale, resolution, spread or images of {entry['name']} are out of range")
+    return problems
+
+
+def _shapes_of_update(
+    arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any], dimension: int
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shapes that arrays of an update must have, and names of those that must be finite.
+
+    Args:
+        arrays: The arrays.
+        plain: The plain data.
+        dimension: Length of a vector, 0 while the bank is empty.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    finite = []
+    for position in range(len(plain["streams"])):
+        prefix = f"stream_{position}_"
+        count = len(arrays[f"{prefix}points"])
+        dimension = dimension or arrays[f"{prefix}points"].shape[-1]
+        shapes |= {
+            f"{prefix}points": (count, dimension),
+            f"{prefix}radii": (count,),
+            f"{prefix}covers": (count,),
+            f"{prefix}prototype": (dimension,),
+            f"{prefix}hashes": (arrays[f"{prefix}hashes"].size,),
+            f"{prefix}novelties": (arrays[f"{prefix}novelties"].size,),
+        }
+        finite += [f"{prefix}{key}" for key in ("points", "covers", "prototype", "novelties")]
+    for position in range(len(plain.get("waiting", []))):
+        image, patches = (f"waiting_{position}_{key}" for key in ("image", "patches"))
+        dimension = dimension or arrays[patches].shape[-1]
+        shapes |= {image: (3, *arrays[image].shape[-2:]), patches: (len(arrays[patches]), dimension)}
+        finite += [image, patches]
+    if "learned" in plain:
+        shapes["learned_hashes"] = (arrays["learned_variants"].size,)
+        shapes["learned_variants"] = (arrays["learned_hashes"].size,)
+    return shapes, finite
+
+
+def _problems_of_update(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> list[str]:
+    """What is wrong with an update whose arrays have the right shapes."""
+    problems = []
     for position, stream in enumerate(plain["streams"]):
         points, radii = (arrays[f"stream_{position}_{key}"] for key in ("points", "radii"))
         if np.isnan(radii).any() or (radii < 0).any():
@@ -242,12 +316,6 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
             problems.append(f"name or divided_at of pool {position} are out of range")
         if not all(stream[key] >= 0 for key in ("resolution", "spread", "images")):
             problems.append(f"resolution, spread or images of pool {position} are out of range")
-    first = 0
-    for entry, count in zip(entries, counts, strict=True):
-        radii = arrays["radii"][first : first + count]
-        first += count
-        if count < 1 or radii[0] != np.inf or not (np.diff(radii) <= 0).all():
-            problems.append(f"radii of {entry['name']} do not fall from infinity")
-        if not (entry["scale"] > 0 and all(entry[key] >= 0 for key in ("resolution", "spread", "images"))):
-            problems.append(f"scale, resolution, spread or images of {entry['name']} are out of range")
+    if "learned" in plain and not np.isin(arrays["learned_variants"], np.arange(len(plain["learned"]))).all():
+        problems.append("learned images are of variants that are not named")
     return problems

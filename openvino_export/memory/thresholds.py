@@ -181,9 +181,10 @@ def thresholds(bank: MemoryBank, variant: str) -> dict[str, tuple[float, float, 
     }
 
 
-def image_thresholds(bank: MemoryBank) -> dict[str, float]:
-    """Image threshold of each variant, NaN where nothing is known."""
-    return {name: thresholds(bank, name)["image"][0] for name in bank.variants}
+def image_thresholds(bank: MemoryBank, last: float = math.nan) -> dict[str, float]:
+    """Image threshold of each variant; where the bank knows none, the last one that was set for all."""
+    own = {name: thresholds(bank, name)["image"][0] for name in bank.variants}
+    return {name: last if math.isnan(threshold) else threshold for name, threshold in own.items()}
 
 
 def f1_threshold(scores: Array, labels: NDArray[np.bool_]) -> float:

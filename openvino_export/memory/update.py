@@ -11,9 +11,9 @@ Example:
 
 from __future__ import annotations
 
+import copy
 import time
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,17 +23,20 @@ from openvino_export.images import image_hash
 from .augment import NUM_VIEWS, augmented_views
 from .memory_bank import check_patches, identify
 from .patch_pool import PatchPool
+from .report import Report
 from .thresholds import RECENT_IMAGES, calibrated, calibrated_from_views
 from .variant import Variant, describe, rounded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from numpy.typing import NDArray
 
     from .memory_bank import MemoryBank
 
     Array = NDArray[np.float32]
+    # By the name that was given: images `(3, H, W)` with their hashes, and with patches `(n, d)` unless they are known.
+    Waiting = dict[str | None, list[tuple[Array, int, Array | None]]]
 
 # The pool that vectors are chosen from holds twice the budget, and for small budgets at least this many patches.
 SMALLEST_POOL = 12_288
@@ -42,47 +45,6 @@ OPEN_POOLS = 4
 # Up to this many images of a variant, each is learned with augmented views; with 16, they hardly changed the mean
 # (docs/benchmarks.md).
 FEW_IMAGES = 4
-
-
-@dataclass
-class Report:
-    """What one update did.
-
-    Attributes:
-        variants: Images learned by variant.
-        known_images: Images left out because they had been learned before.
-        held_back: Images left out because they look anomalous, and the factor by which each exceeds the threshold.
-        added: Vectors that a variant has more than before.
-        removed: Vectors that a variant has less than before.
-        radius_bound: Every patch ever learned lies within this distance of some vector.
-        num_vectors: Vectors in the bank.
-        nbytes: Bytes of the bank and its calibration.
-        seconds: Time spent on selection.
-    """
-
-    variants: Counter[str] = field(default_factory=Counter)
-    known_images: int = 0
-    held_back: dict[str, float] = field(default_factory=dict)
-    added: Counter[str] = field(default_factory=Counter)
-    removed: Counter[str] = field(default_factory=Counter)
-    radius_bound: float = 0.0
-    num_vectors: int = 0
-    nbytes: int = 0
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        """One line for a log."""
-        learned = ", ".join(f"{name}: {images} images" for name, images in self.variants.items()) or "nothing new"
-        added, removed = (
-            ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
-            for counts in (self.added, self.removed)
-        )
-        held_back = f", {len(self.held_back)} held back" if self.held_back else ""
-        return (
-            f"learned {learned} ({self.known_images} known already{held_back}); vectors added {added}, removed "
-            f"{removed}, now {self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; "
-            f"selection {self.seconds:.1f} s"
-        )
 
 
 class Update:
@@ -94,12 +56,13 @@ class Update:
             only patches are added.
         few_shot_views: Whether a variant of at most FEW_IMAGES images is learned with augmented views of them. Images
             without a name are counted by update.
-        pools: Pools of an update that was saved before it was committed, to go on with; they are used up.
 
     Attributes:
         bank: What is known with the images that are no longer in a pool; with all of them after :meth:`flush` and
             :meth:`commit`.
         pools: The patches of each variant that are on their way into the bank.
+        waiting: By the name that was given, images that wait until it is clear whether they are few.
+        learned: Variant of each image that was learned since the last commit, by its hash.
         report: What was done since the last commit; complete when :meth:`commit` returns it.
     """
 
@@ -108,21 +71,47 @@ class Update:
         bank: MemoryBank,
         embed: Callable[[Array], Array] | None = None,
         few_shot_views: bool = False,
-        pools: Iterable[PatchPool] = (),
     ) -> None:
         self.bank = bank
         self.embed = embed
         self.few_shot_views = few_shot_views
-        self.pools = {pool.name: pool for pool in pools}
+        self.pools: dict[str, PatchPool] = {}
+        self.waiting: Waiting = {}
+        self.learned: dict[int, str] = {}
         self.report = Report()
         self._committed = _counts(bank)
-        # Images by name, until they are not few: each with its hash, and its patches unless it was known.
-        self._waiting: dict[str | None, list[tuple[Array, int, Array | None]]] = {}
-        self._many: set[str | None] = set()  # names of which they are not
+        self._many: set[str | None] = set()  # names of which there are more than few
         self._recent: dict[str, list[Array]] = {}  # last learned images by variant
         self._calibrated: set[str] = set()  # variants
-        # Variant of each image that the pools brought along.
-        self._resumed = {value: pool.name for pool in self.pools.values() for value in pool.hashes}
+        # Images of an update that is resumed, which may be given again: their variants, None for those that waited.
+        self._resumed: dict[int, str | None] = {}
+
+    def resume(self, pools: Iterable[PatchPool], waiting: Waiting, learned: Mapping[int, str]) -> None:
+        """Go on where an update was that was not committed; its images may be given again.
+
+        Args:
+            pools: Its pools, which are used up.
+            waiting: Its images that wait.
+            learned: Its images that were learned.
+        """
+        self.pools |= {pool.name: pool for pool in pools}
+        self.learned |= learned
+        self._resumed |= learned
+        for name, images in waiting.items():
+            self.waiting[name] = [each for each in images if each[2] is not None]  # known ones are counted when given
+            self._resumed |= dict.fromkeys(value for _, value, _ in self.waiting[name])
+        if not self.few_shot_views:
+            self._many |= waiting.keys()
+
+    def continued(self, embed: Callable[[Array], Array] | None = None, few_shot_views: bool = False) -> Update:
+        """Another update that goes on where this one is, which stays as it is; arguments are those of the class."""
+        other = Update(self.bank, embed, few_shot_views)
+        other.resume(copy.deepcopy(list(self.pools.values())), self.waiting, self.learned)
+        return other
+
+    def is_open(self) -> bool:
+        """Whether anything was added that is not committed."""
+        return bool(self.pools or self.waiting or self.learned)
 
     def images(self, variant: str) -> int:
         """Number of images that were learned of a variant, those still in a pool included."""
@@ -172,9 +161,12 @@ class Update:
         given = self._embedded(item, patches)
         if variant is not None and any(own is not None for *_, own in given):
             self._check_name(variant)
-        waiting = self._waiting.setdefault(variant, [])
+        waiting = self.waiting.setdefault(variant, [])
         waiting += given
-        if not self.few_shot_views or len(waiting) + self.images(variant or "") > FEW_IMAGES:
+        count = len(waiting)
+        if variant is not None:  # those that are given again count among the learned
+            count = self.images(variant) + sum(value not in self._resumed for _, value, _ in waiting)
+        if not self.few_shot_views or count > FEW_IMAGES:
             self._many.add(variant)
         if variant in self._many:
             self._add_waiting(variant)
@@ -183,7 +175,9 @@ class Update:
     def _embedded(self, images: Array, patches: Array | None) -> list[tuple[Array, int, Array | None]]:
         """Images with their hashes, and with their patches, which are fit to be learned, unless they are known."""
         hashes = [image_hash(image) for image in images]
-        new = [i for i, value in enumerate(hashes) if not self.knows(value)]
+        # Those that waited when the update was saved are here already.
+        waited = [self._resumed.get(value, "") is None for value in hashes]
+        new = [i for i, value in enumerate(hashes) if not (waited[i] or self.knows(value))]
         own: dict[int, Array] = {}
         if patches is not None:
             own = {i: patches[i] for i in new}
@@ -193,10 +187,10 @@ class Update:
             own = dict(zip(new, embedded.reshape(len(new), -1, embedded.shape[-1]), strict=True))
         for one in own.values():
             check_patches(one, self._dimension(), self.bank.dtype)
-        return [(image, value, own.get(i)) for i, (image, value) in enumerate(zip(images, hashes, strict=True))]
+        return [(images[i], value, own.get(i)) for i, value in enumerate(hashes) if not waited[i]]
 
     def _add_waiting(self, variant: str | None) -> None:
-        for image, value, patches in self._waiting.pop(variant, ()):
+        for image, value, patches in self.waiting.pop(variant, ()):
             if patches is None:
                 self.report.known_images += 1
                 name = self._resumed.pop(value, None)
@@ -222,7 +216,7 @@ class Update:
             return None
         start = time.perf_counter()
         if variant is None:
-            variant = self.identify(patches) or self._new_name()
+            variant = self.identify(patches) or _new_name({*self.bank.variants, *self.pools})
         self._check_name(variant)
         pool = self._pool_of(variant, patches.shape[1])
         score = pool.absorb(patches.astype(np.float32, copy=False))
@@ -233,6 +227,7 @@ class Update:
         pool.count_images(*describe(patches), images=1)
         if value is not None:
             pool.hashes.append(value)
+            self.learned[value] = variant
         pool.seconds += time.perf_counter() - start
         while sum(len(other.points) for other in self.pools.values()) > OPEN_POOLS * pool.capacity:
             self._close(max(self.pools.values(), key=lambda other: len(other.points)))
@@ -287,7 +282,7 @@ class Update:
 
     def flush(self) -> None:
         """Bring what was added into :attr:`bank` and go on; :meth:`commit` reports it later."""
-        for name in [*self._waiting]:
+        for name in [*self.waiting]:
             self._add_waiting(name)
         for pool in list(self.pools.values()):
             self._close(pool)
@@ -305,14 +300,9 @@ class Update:
                 few = self.few_shot_views and self.images(variant) <= FEW_IMAGES
                 self.bank = calibrated_from_views(self.bank, variant, images, self.embed, few)
         report, self.report = self.report, Report()
-        before, self._committed = self._committed, _counts(self.bank)
-        for name, vectors in self._committed.items():
-            more = vectors - before.get(name, 0)
-            if more:
-                (report.added if more > 0 else report.removed)[name] = abs(more)
-        report.radius_bound, report.num_vectors = self.bank.radius_bound(), len(self.bank)
-        report.nbytes = self.bank.nbytes()
-        self._many, self._recent, self._calibrated, self._resumed = set(), {}, set(), {}
+        report.complete(self._committed, self.bank)
+        self._committed = _counts(self.bank)
+        self.learned, self._many, self._recent, self._calibrated, self._resumed = {}, set(), {}, set(), {}
         return report
 
     def _close(self, pool: PatchPool) -> None:
@@ -350,7 +340,7 @@ class Update:
 
     def _check_room(self, names: Iterable[str]) -> None:
         """Refuse variants for which not even one vector each is left."""
-        waiting = {name for name, images in self._waiting.items() if any(own is not None for *_, own in images)}
+        waiting = {name for name, images in self.waiting.items() if any(own is not None for *_, own in images)}
         variants = {*self.bank.variants, *names, *self.pools, *waiting} - {None}
         if len(variants) > self.bank.size:
             msg = (
@@ -358,14 +348,15 @@ class Update:
             )
             raise ValueError(msg)
 
-    def _new_name(self) -> str:
-        taken = {*self.bank.variants, *self.pools}
-        return next(name for i in range(1, 2**31) if (name := f"variant_{i}") not in taken)
-
 
 def pool_capacity(bank: MemoryBank) -> int:
     """Number of points from which a pool is thinned."""
     return max(2 * bank.size, SMALLEST_POOL)
+
+
+def _new_name(taken: set[str]) -> str:
+    """A name for a variant that is found."""
+    return next(name for i in range(1, 2**31) if (name := f"variant_{i}") not in taken)
 
 
 def _counts(bank: MemoryBank) -> dict[str, int]:

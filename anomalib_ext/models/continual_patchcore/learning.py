@@ -6,16 +6,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import nn
 
 from openvino_export.decision import check_finite
 from openvino_export.images import check_values, load
 from openvino_export.memory.guard import hold_back
-from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import image_thresholds as bank_thresholds
 from openvino_export.memory.update import Update
 
-from .post_processor import VariantPostProcessor
 from .torch_model import ContinualPatchCoreModel
 
 Image: TypeAlias = torch.Tensor | str | Path
@@ -55,14 +51,6 @@ def named_images(images: torch.Tensor | str | Path | Sequence[str | Path]) -> li
     return named
 
 
-def image_thresholds(bank: MemoryBank, post_processor: nn.Module | None) -> dict[str, float]:
-    """Threshold of the raw image scores of each variant: the post-processor's, if it has them, or else the bank's."""
-    names = list(bank.variants)
-    if isinstance(post_processor, VariantPostProcessor):
-        return dict(zip(names, post_processor.image_thresholds(len(names)), strict=True))
-    return bank_thresholds(bank)
-
-
 def add_images(
     update: Update,
     model: ContinualPatchCoreModel,
@@ -79,7 +67,7 @@ def add_images(
         images: What :func:`named_images` gave.
         prepare: Resizes and normalises images of shape ``(1, 3, H, W)``.
         variant: Name of their variant; found for each image if not given.
-        limits: What :func:`image_thresholds` gave. Images far above the threshold of their variant are held back, and
+        limits: Image threshold of each variant. Images far above the threshold of their variant are held back, and
             the report of the update names them; without limits, all are learned.
 
     Raises:

@@ -7,6 +7,7 @@ file.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,10 +30,11 @@ from anomalib_ext.export import BundleContent
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.checks import check_files
 from anomalib_ext.models.components.patchcore import PatchCoreModule
-from openvino_export.memory.update import Report
+from openvino_export.memory.report import Report
+from openvino_export.memory.thresholds import image_thresholds
 
 from .graph import bundle_content
-from .learning import add_images, image_thresholds, named_images
+from .learning import add_images, named_images
 from .metrics import memory_metrics
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
@@ -177,18 +179,22 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
             What changed.
 
         Raises:
+            RuntimeError: If a trainer is fitting the model.
             TypeError: If something else than that is given.
             FileNotFoundError: If there is no such file.
             ValueError: If there are no images, or one is unreadable, too small, of unsuitable depth or not finite.
         """
-        named = named_images(images)
+        if self._is_fitting:
+            msg = "A trainer is fitting this model. Call partial_fit when the fit has ended."
+            raise RuntimeError(msg)
+        named, last = named_images(images), float(getattr(self.post_processor, "image_threshold", math.nan))
         was_training = self.training
         self.eval()
         try:
-            # As a trainer does it; the pre-processor's own call is for exported models, and resizes less smoothly.
+            # As a trainer; the pre-processor's own call is for exported models, and resizes less smoothly.
             prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
             update = self.model.begin_update(self.few_shot_views)
-            limits = image_thresholds(self.model.bank, self.post_processor) if hold_back else None
+            limits = image_thresholds(self.model.bank, last) if hold_back else None
             add_images(update, self.model, named, prepare, self.variant if variant is None else variant, limits)
             report = self._commit()
         except BaseException:
@@ -230,11 +236,10 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
     def _commit(self) -> Report:
         """Bring what was learned into the bank, with thresholds, and report it."""
         assert self.model.update is not None
-        report = self.model.update.commit()
+        self.last_report = report = self.model.update.commit()
         self._refresh()  # what fails until here is undone by dropping the update
         self.model.end_update()
         logger.info("%s", report)
-        self.last_report = report
         return report
 
     def _drop_update(self) -> None:
@@ -276,11 +281,10 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         if batch.gt_label is None:
             return batch
         bank = self.model.searched
-        names = list(bank.variants)
-        found = [names[i] for i in cast("Any", batch).variant.tolist()]
+        found = [list(bank.variants)[i] for i in cast("Any", batch).variant.tolist()]
         variants = [label or other for label, other in zip(self._labels(batch), found, strict=True)]
-        arrays = (embedding.flatten(1, 2).cpu().numpy(), scores.cpu().numpy())
-        self._validated.add(bank, variants, batch.gt_label.tolist(), *arrays)
+        patches = embedding.flatten(1, 2).cpu().numpy()
+        self._validated.add(bank, variants, batch.gt_label.tolist(), patches, scores.cpu().numpy())
         return batch
 
     def _score(self, batch: Batch) -> Batch:
@@ -321,7 +325,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         self._read_bank(state_dict)  # first, for differing shapes of the backbone would hide the reason
         try:
             result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except Exception:
+        except BaseException:
             for tensor, value in before:
                 tensor.data.copy_(value)
             model.bank, model.update, model.interrupted = known

@@ -4,8 +4,8 @@
 import math
 
 from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.report import Report
 from openvino_export.memory.thresholds import thresholds
-from openvino_export.memory.update import Report
 
 
 def memory_metrics(report: Report, bank: MemoryBank) -> dict[str, float]:

@@ -33,10 +33,6 @@ class VariantPostProcessor(PostProcessor):
         for name, table in threshold_tables(bank, len(bank.variants)).items():
             setattr(self, name, torch.from_numpy(table).to(self.image_min.device))
 
-    def image_thresholds(self, variants: int) -> list[float]:
-        """Image threshold of each of the first variants; NaN where nothing is known."""
-        return self._values("image", torch.arange(variants, device=self.image_min.device))[0].tolist()
-
     def _values(self, kind: str, variant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Threshold, minimum and maximum, each of shape ``(B,)``."""
         last = torch.stack([getattr(self, f"{kind}_{name}") for name in ("threshold", "min", "max")])
@@ -72,5 +68,6 @@ class VariantPostProcessor(PostProcessor):
             values = self._normalize(values, lowest, highest, threshold)
             threshold = getattr(self, f"normalized_{kind}_threshold")
         if self.enable_thresholding:
-            decided = values > threshold
+            # Without a threshold nothing is anomalous; to OpenVINO, any value is larger than NaN.
+            decided = values > torch.as_tensor(threshold).nan_to_num(torch.inf)
         return values, decided

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patch embeddings, search in the memory bank, and anomaly maps of ContinualPatchCore."""
 
-import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -174,7 +173,10 @@ class ContinualPatchCoreModel(nn.Module):
             few_shot_views: Whether few images of a variant are learned with augmented views of them.
         """
         self.interrupted = self.update or self.interrupted
-        self.update = _continued(self.interrupted or self.bank, self.embed_arrays, few_shot_views)
+        if self.interrupted is None:
+            self.update = Update(self.bank, self.embed_arrays, few_shot_views)
+        else:
+            self.update = self.interrupted.continued(self.embed_arrays, few_shot_views)
         return self.update
 
     def end_update(self) -> None:
@@ -217,11 +219,11 @@ class ContinualPatchCoreModel(nn.Module):
         """Load what :meth:`get_extra_state` gave; see :meth:`read_state` for errors."""
         own, loaded = self.bank, self.read_state(saved)
         self.bank, self.update, self.interrupted = loaded.bank, None, None
-        if loaded.pools:
+        if loaded.is_open():
             self.interrupted = loaded
-            judging = _continued(loaded)
-            judging.commit()
-            self.bank = judging.bank
+            judged_by = loaded.continued()
+            judged_by.flush()
+            self.bank = judged_by.bank
         if (self.bank.size, self.bank.dtype) != (own.size, own.dtype):
             logger.warning(
                 "The checkpoint's memory_size %d and precision %s are used, not %d and %s.",
@@ -244,14 +246,3 @@ class ContinualPatchCoreModel(nn.Module):
                 raise ValueError(msg)
         arrays = {name: tensor.cpu().numpy() for name, tensor in saved["tensors"].items()}
         return state.from_arrays(arrays, saved["plain"])
-
-
-def _continued(
-    known: MemoryBank | Update,
-    embed: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
-    few_shot_views: bool = False,
-) -> Update:
-    """An update on top of a bank, or one that goes on with a copy of another."""
-    if isinstance(known, MemoryBank):
-        return Update(known, embed, few_shot_views)
-    return Update(known.bank, embed, few_shot_views, pools=copy.deepcopy(list(known.pools.values())))

@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,9 @@ def test_the_limit_is_the_threshold_that_is_judged_by(model: ContinualPatchCore,
     assert model.partial_fit(image, "dots", hold_back=True).held_back == {
         "image 1": pytest.approx(score / threshold, rel=1e-4)
     }
-    other.post_processor.image_values[1, 0] *= 100
+    bank = other.model.bank
+    calibration = bank.variants["dots"].calibration
+    other.model.bank = bank.with_calibration("dots", replace(calibration, margin=100 * calibration.margin))
     report = other.partial_fit(files("dots", "test/hole"), "dots", hold_back=True)
     assert (report.held_back, report.variants) == ({}, {"dots": 6})
 

@@ -15,7 +15,8 @@ from openvino_export.decision import Decider
 from openvino_export.images import load
 from openvino_export.memory.guard import SUSPICION, excess
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import calibrated, calibration_patches
+from openvino_export.memory.thresholds import calibrated, calibration_patches, image_thresholds, thresholds
+from openvino_export.memory.update import Update
 
 from .banks import distances_between, draw, filled
 
@@ -84,3 +85,14 @@ def test_both_sides_hold_back_the_same(
     report = unguarded.partial_fit(images, variant)
     assert (report.variants.total(), report.held_back) == (len(images), {})
     assert edge.learn(images, variant, force=True).report.variants.total() == len(suspicious)
+
+
+def test_what_it_goes_by() -> None:
+    """The bank's own thresholds, and the last one that was set where it has none."""
+    bank = filled(calibrated=True)
+    update = Update(bank)
+    update.add(draw("lobes", "c", 0, 40), "c")  # its only image has no score before it was learned
+    update.commit()
+    limits = image_thresholds(update.bank, 2.5)
+    assert limits == {**{name: thresholds(update.bank, name)["image"][0] for name in "ab"}, "c": 2.5}
+    assert np.isnan(image_thresholds(update.bank)["c"])

@@ -13,8 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from openvino_export.memory import memory_bank, patch_pool
 from openvino_export.memory import update as updates
 from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.report import Report
 from openvino_export.memory.thresholds import CALIBRATION_PATCHES
-from openvino_export.memory.update import Report, Update
+from openvino_export.memory.update import Update
 
 from .banks import (
     REPEATABLE,

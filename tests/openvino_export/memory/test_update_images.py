@@ -183,20 +183,45 @@ def test_thresholds_that_were_set_stay() -> None:
     assert len(update.bank.variants["a"].calibration.labels) == 3 + RECENT_IMAGES
 
 
-@pytest.mark.parametrize("learned_before", [1, 6])
-def test_an_update_goes_on_where_it_was_saved(learned_before: int) -> None:
-    """Given all images again, it ends bit by bit, with thresholds, as one that was never interrupted."""
-    images = np.stack([image_of("a", seed) for seed in range(10)])
-    whole, interrupted = Update(known_bank(), embed), Update(known_bank(), embed)
-    interrupted.add(images[:learned_before], "a")
-    saved = reloaded(interrupted)
-    again = Update(saved.bank, embed, pools=saved.pools.values())
-    for update in (whole, again):
-        update.add(images, "a")
+@pytest.mark.parametrize("few_shot_views", [False, True])
+@pytest.mark.parametrize("is_flushed", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(1, 10), (3, 10), (6, 10), (2, 3), (3, 3)])
+@pytest.mark.parametrize("name", ["c", None])
+def test_an_update_goes_on_where_it_was_saved(
+    name: str | None, before: int, after: int, is_flushed: bool, few_shot_views: bool
+) -> None:
+    """Given all images again, it ends bit by bit, with thresholds, as one that was never interrupted.
+
+    So it does when its images wait, and when they are in the bank already.
+    """
+    images = np.stack([image_of("c", seed) for seed in range(after)])
+    whole, interrupted = (Update(known_bank(), embed, few_shot_views) for _ in range(2))
+    for update in (whole, interrupted):
+        update.add(images[:before], name)
+        if is_flushed:
+            update.flush()
+    again = reloaded(interrupted).continued(embed, few_shot_views)
+    assert again.is_open()
+    whole.add(images[before:], name)
+    waits = few_shot_views and not is_flushed and before <= FEW_IMAGES
+    for part in (slice(before, after), slice(before)) if waits else (slice(after),):  # those that wait come at any time
+        again.add(images[part], name)
     reports = whole.commit(), again.commit()
-    assert [report.known_images for report in reports] == [0, learned_before]
-    assert reports[0].variants == reports[1].variants == {"a": 10}
+    if not is_flushed:  # what was in the bank by then is not reported again
+        assert reports[0].variants == reports[1].variants
     assert same(whole, again)
+    assert not again.is_open()
+
+
+def test_what_waits_is_in_the_saved_update() -> None:
+    """Whoever judges by it, without a network at hand, has those images too."""
+    update = Update(known_bank(), embed, few_shot_views=True)
+    update.add(np.stack([image_of("c", seed) for seed in range(3)]), "c")
+    saved = reloaded(update).continued()
+    saved.flush()
+    assert saved.bank.variants["c"].images == 3
+    patches = np.concatenate([patches_of(image_of("c", seed)[None]) for seed in range(3)])
+    assert distances_between(patches, saved.bank.variants["c"].vectors).max() <= saved.bank.radius_bound()
 
 
 # What is refused

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an update tells of itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .memory_bank import MemoryBank
+
+
+@dataclass
+class Report:
+    """What one update did.
+
+    Attributes:
+        variants: Images learned by variant.
+        known_images: Images left out because they had been learned before.
+        held_back: Images left out because they look anomalous, and the factor by which each exceeds the threshold.
+        added: Vectors that a variant has more than before.
+        removed: Vectors that a variant has less than before.
+        radius_bound: Every patch ever learned lies within this distance of some vector.
+        num_vectors: Vectors in the bank.
+        nbytes: Bytes of the bank and its calibration.
+        seconds: Time spent on selection.
+    """
+
+    variants: Counter[str] = field(default_factory=Counter)
+    known_images: int = 0
+    held_back: dict[str, float] = field(default_factory=dict)
+    added: Counter[str] = field(default_factory=Counter)
+    removed: Counter[str] = field(default_factory=Counter)
+    radius_bound: float = 0.0
+    num_vectors: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    def complete(self, before: Mapping[str, int], bank: MemoryBank) -> None:
+        """Say what the update led to.
+
+        Args:
+            before: Number of vectors of each variant before it.
+            bank: What is known after it.
+        """
+        for name, variant in bank.variants.items():
+            more = len(variant.radii) - before.get(name, 0)
+            if more:
+                (self.added if more > 0 else self.removed)[name] = abs(more)
+        self.radius_bound, self.num_vectors, self.nbytes = bank.radius_bound(), len(bank), bank.nbytes()
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        learned = ", ".join(f"{name}: {images} images" for name, images in self.variants.items()) or "nothing new"
+        added, removed = (
+            ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
+            for counts in (self.added, self.removed)
+        )
+        held_back = f", {len(self.held_back)} held back" if self.held_back else ""
+        return (
+            f"learned {learned} ({self.known_images} known already{held_back}); vectors added {added}, removed "
+            f"{removed}, now {self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; "
+            f"selection {self.seconds:.1f} s"
+        )
