@@ -17,6 +17,7 @@ from anomalib_ext.data.multi_category import MEAN
 from anomalib_ext.files import atomic_write
 from anomalib_ext.metrics import task_matrix
 from anomalib_ext.stream import VARIANT_METRICS
+from openvino_export.memory.thresholds import SURE_IMAGES
 
 Logged = dict[str, dict[int, float]]  # value by name and step
 
@@ -161,6 +162,8 @@ def _variant(run: Path, name: str, rows: list[dict[str, str]], logged: Logged) -
         "false_negatives": sum(row["pred_label"] == "0" for row in anomalous),
         "decided": threshold is not None,
         "distance": list(logged.get(f"memory/image_threshold/{name}", {0: math.nan}).values())[-1],
+        "rests_on": list(logged.get(f"memory/good_images/{name}", {0: math.nan}).values())[-1],
+        "sure_images": SURE_IMAGES,
         "histogram": plots.to_data_uri(plots.histogram(good_scores, anomalous_scores, threshold)),
         "ranges": [
             f"{min(part):.2f} to {max(part):.2f}" if part else "none" for part in (good_scores, anomalous_scores)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .anomaly_map import anomaly_maps
-from .memory.k_center import single_threaded
-from .memory.thresholds import thresholds
+from .bundle.constants import threshold_tables
+from .memory.thresholds import normalized, thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,11 +32,13 @@ class Prediction:
     """What is said about an image.
 
     Attributes:
-        pred_score: Anomaly score; in [0, 1], with 0.5 at the threshold, if the model normalises.
+        pred_score: Anomaly score. If the model normalises, it is in [0, 1] with 0.5 at the threshold, and tells how
+            rare such a score is among good images, see :func:`normalized`.
         pred_label: Whether the image is anomalous; None if the model has no thresholds.
         anomaly_map: Score of each pixel of the model's input, shape `(H, W)`.
         pred_mask: Which pixels are anomalous, shape `(H, W)`; None if the model has no thresholds.
         variant: Name of the variant that the image is judged by.
+        is_sure: Whether the threshold rests on enough good images; None without a memory bank.
         source: Path of the image, if it came from a file.
     """
 
@@ -45,6 +47,7 @@ class Prediction:
     anomaly_map: Array
     pred_mask: NDArray[np.bool_] | None
     variant: str | None
+    is_sure: bool | None = None
     source: str | None = None
 
 
@@ -53,12 +56,12 @@ class Decider:
 
     Args:
         bank: What is known, at least one vector.
-        metadata: The bundle's, for whether scores are normalised and decided, sensitivities, and the thresholds that
-            stand in where a variant has none.
+        metadata: The bundle's, for whether scores are normalised and decided, and how, sensitivities, and the
+            thresholds of a model that has none by variant.
 
     Attributes:
-        ranges: For `"image"` and `"pixel"`, threshold, minimum and maximum of each variant's raw scores, shape
-            `(variants, 3)`; NaN where nothing is known.
+        ranges: For `"image"` and `"pixel"`, what raw scores of each variant are decided by, see
+            :func:`threshold_tables`; NaN where nothing is known.
     """
 
     def __init__(self, bank: MemoryBank, metadata: Mapping[str, Any]) -> None:
@@ -71,15 +74,14 @@ class Decider:
         # Only neighbors that weigh need the vectors themselves.
         self._vectors = bank.vectors() if self.num_neighbors > 1 else None
         self.ranges: dict[str, Array] = {}
-        with single_threaded():
-            own = [thresholds(bank, name) for name in self.names]
+        self.are_sure = [thresholds(bank, name).is_sure() for name in self.names]
+        self._by_rate = metadata.get("score") == "rate"
+        tables = threshold_tables(bank, len(self.names), by_range=not self._by_rate)
         for kind in ("image", "pixel"):
-            stored = metadata.get("last_values", {}).get(kind, [None] * 3)
-            last = np.array([np.nan if value is None else value for value in stored], np.float32)
-            rows = np.array([one[kind] for one in own], np.float32)
+            self.ranges[kind] = tables[f"{kind}_values"]
             if not metadata.get("variant_thresholds", True):
-                rows[:] = np.nan
-            self.ranges[kind] = np.where(np.isnan(rows), last, rows)
+                stored = metadata.get("last_values", {}).get(kind, [None] * 3)
+                self.ranges[kind][:] = [np.nan if value is None else value for value in stored]
 
     def decide(self, embedding: Array, size: tuple[int, int], source: str | None = None) -> Prediction:
         """Search the bank and decide.
@@ -106,15 +108,16 @@ class Decider:
             anomaly_map=anomaly_map,
             pred_mask=pred_mask,
             variant=self.names[position],
+            is_sure=self.are_sure[position],
             source=source,
         )
 
     def _apply(self, kind: str, raw: Array, position: int) -> tuple[Array, NDArray[np.bool_] | None]:
         """Normalise and decide raw scores by the range of a variant."""
-        threshold, lowest, highest = self.ranges[kind][position]
+        threshold, *others = self.ranges[kind][position]
         normalization = self.metadata.get("normalization")
         if normalization:
-            raw = normalize(raw, threshold, lowest, highest)
+            raw = normalized(raw, threshold, *others) if self._by_rate else normalize(raw, threshold, *others)
         # Anomalib's own post-processor compares raw scores with the sensitivity, too.
         if normalization or not self.metadata.get("variant_thresholds", True):
             threshold = np.float32(1 - self.metadata.get(f"{kind}_sensitivity", 0.5))

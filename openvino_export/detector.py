@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from .bundle import ir
 from .bundle.constants import CONSTANTS, graph_tables, variant_capacity
 from .bundle.folder import BANK, Bundle, BundleError
 from .decision import Decider, Prediction, check_finite
-from .images import load, resize
+from .images import image_hash, load, resize
 from .memory import state
 from .memory.guard import hold_back
 from .memory.k_center import single_threaded
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .memory.memory_bank import MemoryBank
     from .memory.report import Report
 
     Array = NDArray[np.float32]
@@ -189,17 +189,18 @@ class EdgeDetector:
             raise ValueError(msg)
         with self._changing, single_threaded():
             known = self._known()
-            update = Update(known.bank, self._embed, bool(self._bundle.metadata.get("one_shot")))
-            last = self._bundle.metadata.get("last_values", {}).get("image", [None])[0]
-            limits = image_thresholds(known.bank, math.nan if last is None else last)
+            update = Update(known.bank)
+            limits = image_thresholds(known.bank)
             for number, item in enumerate(items, 1):
                 name = _source(item) or f"image {number}"
                 image = resize(load(item, name), self.input_size)
-                embedding = self._network(image)["embedding"]
-                patches = embedding.reshape(-1, embedding.shape[-1])
-                check_finite(patches, name)
-                if force or not hold_back(update.report, name, patches, variant, known.bank, limits):
-                    update.add(self._normalized(image)[None], variant, patches=patches[None])
+                value = image_hash((image - self._mean) / self._std)
+                if not update.knows(value):
+                    embedding = self._network(image)["embedding"]
+                    patches = embedding.reshape(-1, embedding.shape[-1])
+                    check_finite(patches, name)
+                    if force or not hold_back(update.report, name, patches, variant, known.bank, limits):
+                        update.add(embedding, variant, image_hash=value, map_size=self.input_size)
                 if progress is not None:
                     progress(number)
             report = update.commit()
@@ -207,12 +208,27 @@ class EdgeDetector:
                 self._decider = Decider(update.bank, self._bundle.metadata)
         return Learned(report)
 
-    def _normalized(self, image: Array) -> Array:
-        return (image - self._mean) / self._std
+    def set_decision(
+        self,
+        variant: str | None = None,
+        *,
+        false_alarm_rate: float | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        """Decide by another false-alarm rate, or a threshold set by hand; :meth:`save` makes it last.
 
-    def _embed(self, images: Array) -> Array:
-        """Patch embeddings `(B, h, w, d)` of normalised images `(B, 3, H, W)`."""
-        return np.stack([self._network(image * self._std + self._mean)["embedding"] for image in images])
+        Args:
+            variant: Name of the variant that this is for; all by default.
+            false_alarm_rate: Share of good images that may be called anomalous. Thresholds by hand end.
+            threshold: Raw image score above which an image is anomalous, as :meth:`info` shows it. Without rate and
+                threshold, thresholds follow from good images again, at the rate of the bundle.
+
+        Raises:
+            ValueError: If there is no such variant, a value is out of range, or the bundle has no memory bank.
+        """
+        with self._changing:
+            bank = self._known().bank.with_decision(variant, false_alarm_rate=false_alarm_rate, threshold=threshold)
+            self._decider = Decider(bank, self._bundle.metadata)
 
     # State
 
@@ -233,7 +249,8 @@ class EdgeDetector:
             metadata = self._bundle.metadata
             room = int(metadata["variant_capacity"])
             capacity = max(room, variant_capacity(len(known.names)))
-            tables = graph_tables(known.bank, self._network.last_dimension, capacity)
+            by_range = metadata.get("score") != "rate"
+            tables = graph_tables(known.bank, self._network.last_dimension, capacity, by_range)
             # Without thresholds by variant, the graph has no use for the owners of vectors either.
             by_variant = metadata.get("variant_thresholds", True) and (
                 metadata.get("normalization") or metadata.get("thresholding")
@@ -289,21 +306,14 @@ class EdgeDetector:
         if decider is None:
             return {**known, "threshold": metadata.get("last_values", {}).get("image", [None])[0]}
         bank = decider.bank
-        variants = {}
-        for name, variant in bank.variants.items():
-            threshold = thresholds(bank, name)["image"][0]
-            variants[name] = {
-                "images": variant.images,
-                "vectors": len(variant.radii),
-                "threshold": None if np.isnan(threshold) else threshold,
-            }
         return {
             **known,
             "memory_size": bank.size,
+            "false_alarm_rate": bank.false_alarm_rate,
             "vectors": len(bank),
             "radius_bound": bank.radius_bound(),
             "bytes": bank.nbytes(),
-            "variants": variants,
+            "variants": {name: _about(bank, name) for name in bank.variants},
         }
 
     def _known(self) -> Decider:
@@ -335,6 +345,22 @@ class EdgeDetector:
             )
             raise BundleError(msg)
         return Decider(bank, read.metadata)
+
+
+def _about(bank: MemoryBank, name: str) -> dict[str, Any]:
+    """What a bank knows of a variant, and how it decides, fit for JSON."""
+    variant, decided = bank.variants[name], thresholds(bank, name)
+    return {
+        "images": variant.images,
+        "vectors": len(variant.radii),
+        "wanted_vectors": variant.wanted,
+        "threshold": None if np.isnan(decided.image.value) else decided.image.value,
+        "by_hand": decided.by_hand,
+        "false_alarm_rate": decided.false_alarm_rate,
+        "rests_on_images": decided.images,
+        "smallest_rate": decided.smallest_rate(),
+        "is_sure": decided.is_sure(),
+    }
 
 
 def _source(image: Source) -> str | None:

@@ -113,7 +113,7 @@ def make_model() -> Callable[..., Any]:
 
     def make(**kwargs: Any) -> ContinualPatchCore:  # noqa: ANN401
         pre_processor = ContinualPatchCore.configure_pre_processor((SIDE, SIDE))
-        defaults = {"pre_processor": pre_processor, "visualizer": False, "memory_size": 400, "few_shot_views": False}
+        defaults = {"pre_processor": pre_processor, "visualizer": False, "memory_size": 400}
         return ContinualPatchCore(**{**defaults, **kwargs})
 
     return make
@@ -165,7 +165,7 @@ def model_config() -> dict[str, Any]:
     pre_processor = {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": transform}}
     return {
         "class_path": "ContinualPatchCore",
-        "init_args": {"pre_processor": pre_processor, "memory_size": 400, "few_shot_views": False},
+        "init_args": {"pre_processor": pre_processor, "memory_size": 400},
     }
 
 

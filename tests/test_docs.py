@@ -79,7 +79,8 @@ SMALLER = {
     "anomalib-ext benchmark": "--data.categories '[hazelnut, cookie]' --learners '{reservoir: [50]}' --orders 1 "
     "--mixed false --shots '[]' --data.root datasets --drifts '{}'",
     "anomalib-ext finetune": FINETUNE,
-    "python tests/benchmarks/continual.py": "--products '[hazelnut, pill]' --sizes '[50]' --orders 1 --few_shot false",
+    "python tests/benchmarks/continual.py": "--products '[hazelnut, pill]' --sizes '[50]' --orders 2",
+    "python tests/benchmarks/decisions.py": "--products '[hazelnut, pill]' --sizes '[50]' --images '[2]' --draws 1",
     "python tests/benchmarks/synthesis.py": "--count 2 --sides '[64]'",
 }
 # Those that take longest, by how they begin, where a quick one is much the same; none needs what another one made.
@@ -235,6 +236,8 @@ def test_command(
     for name in {"REPAIR.ckpt", "MODEL.ckpt"} & set(words):  # the user's name for what the last training wrote
         shutil.copy(max(folder.glob("results/**/model.ckpt"), key=lambda path: path.stat().st_mtime), name)
     is_script = words[0] == "python"
+    if is_script:
+        monkeypatch.syspath_prepend(str(Path(words[1]).resolve().parent))
     run = partial(runpy.run_path, words[1], run_name="__main__") if is_script else entry(words[0])
     monkeypatch.setattr(sys, "argv", words[is_script:])
     code: object = 0

@@ -210,6 +210,7 @@ QUESTIONS: dict[str, tuple[str, Callable[[Path], Said]]] = {
     "rd_akf": ("rd_akf.ckpt.xz", ask_rd_akf),
     "crr": ("crr.ckpt.xz", ask_crr),
 }
+CONTINUAL = ("bundle", "undo", "finished", "in_update", "command")
 WAYS_TO_FINISH = {"finished_update": finish_update, "finished_fit": finish_fit}
 
 
@@ -262,24 +263,50 @@ def assert_same(now: Any, then: Any, where: str = "") -> None:  # noqa: ANN401
         assert now == then, where
 
 
+# Shares and scores of ContinualPatchCore follow other rules now; what must not change is by these keys.
+LASTING = {"label", "variant", "variants", "images", "known_images", "model", "backbone", "layers", "memory_size"}
+
+
+def lasting(answer: Any) -> Any:  # noqa: ANN401
+    """Return the part of an answer of ContinualPatchCore that other rules do not change."""
+    if isinstance(answer, dict):
+        parts = {key: value if key in LASTING - {"variants"} else lasting(value) for key, value in answer.items()}
+        counts = answer.get("variants", {})
+        if all(isinstance(count, int) for count in counts.values()):
+            parts["variants"] = counts
+        return {key: value for key, value in sorted(parts.items()) if key in LASTING or value not in ({}, [])}
+    if isinstance(answer, list):
+        return [part for part in map(lasting, answer) if part not in ({}, [])]
+    return {}
+
+
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_is_read_and_learned_on_top_of(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read without code, and the answers are those of the version that wrote it."""
     monkeypatch.chdir(tmp_path)  # and back, wherever the command goes
     file, ask = QUESTIONS[name]
-    assert_same(ask(copied(file, tmp_path / name)), said(name))
+    now, then = ask(copied(file, tmp_path / name)), said(name)
+    if name in CONTINUAL:
+        now, then = lasting(now), lasting(then)
+        assert sum("label" in each for each in then["judged"]) == len(files("*/*/*.png"))
+    if name == "in_update":  # that version called good parts of a product bad that it was about to learn
+        place = [path.parts[-3:-1] == ("checks", "good") for path in files("*/*/*.png")]
+        assert not any(each["label"] for each, is_it in zip(now["judged"], place, strict=True) if is_it)
+        now, then = (
+            [each for each, is_it in zip(answer["judged"], place, strict=True) if not is_it] for answer in (now, then)
+        )
+    assert_same(now, then)
 
 
 @pytest.mark.parametrize("name", WAYS_TO_FINISH)
 def test_an_update_that_was_interrupted_is_finished(name: str, tmp_path: Path) -> None:
-    """The bank is the one that the version that began the update ended with."""
+    """All images are known that the version knew that began the update."""
     answers, model = WAYS_TO_FINISH[name](copied("in_update.ckpt", tmp_path / name))
-    assert_same(answers, said(name))
-    bank, expected = bank_of(model), load_file(OLD / f"{name}.safetensors")
-    assert bank.keys() == expected.keys()
-    for key, array in expected.items():
-        assert bank[key].dtype == array.dtype
-        np.testing.assert_allclose(bank[key], array, rtol=1e-3, atol=1e-4, err_msg=key)
+    assert lasting(answers["learned"]) == lasting(said(name)["learned"])
+    expected = load_file(OLD / f"{name}.safetensors")
+    assert sorted(bank_of(model)["image_hashes"]) == sorted(expected["image_hashes"])
+    good = [path.parts[-2] == "good" for path in files("*/*/*.png")]
+    assert [not each["label"] for each in answers["judged"]] == good
 
 
 def test_tensors_of_het_net() -> None:

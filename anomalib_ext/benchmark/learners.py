@@ -14,9 +14,9 @@ from anomalib.data import InferenceBatch
 
 from anomalib_ext.models.components.patchcore import anomaly_maps, search
 from openvino_export.memory import state as memory_state
-from openvino_export.memory.k_center import farthest_first, nearest
+from openvino_export.memory.k_center import farthest_first
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import calibration_patches, f1_threshold, image_thresholds
+from openvino_export.memory.thresholds import f1_threshold, image_thresholds
 from openvino_export.memory.update import Update
 
 if TYPE_CHECKING:
@@ -114,20 +114,11 @@ class ContinualPatchCoreLearner(Learner):
         return self.memory.nbytes()
 
     def learn(self, images: Sequence[Array], seen: Sequence[Array], task: Task | None) -> None:
-        """Learn, and let the validation images set the thresholds, as a fit does."""
+        """Learn. Good images set the thresholds."""
         del seen
         update = Update(self.memory)
         for image in images:
             update.add(image, task.variant if task else None)
-        if task is not None:
-            update.flush()
-            bank, validation = update.bank, task.validation
-            vectors = bank.vectors()
-            kept = [
-                calibration_patches(bank, task.variant, image, nearest(image, vectors)[0])
-                for image in validation.patches.flatten(1, 2).numpy()
-            ]
-            update.calibrate(task.variant, np.stack(kept), validation.labels.numpy())
         update.commit()
         self.memory = update.bank
 

@@ -20,8 +20,6 @@ from rich.console import Console
 
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.models import ContinualPatchCore
-from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.update import FEW_IMAGES
 
 from .cadic import Cadic
 from .learners import ContinualPatchCoreLearner, Joint, LastProduct, Learner, PerProduct, Reservoir
@@ -146,9 +144,8 @@ def benchmark(
                     continue
                 for line in _run(stream, learner, f"{name}-{size}", results):
                     console.print(line, soft_wrap=True)
-    for product, task in zip(data.datamodules, tasks, strict=True):
-        paths = list(data.datamodules[product].train_data.samples.image_path)
-        for line in _few_shot(model, memory_size, task, paths, shots or [], results):
+    for task in tasks:
+        for line in _few_shot(model, memory_size, task, shots or [], results):
             console.print(line, soft_wrap=True)
     write_report(results.rows, Path(results_dir))
     console.print(f"results.csv, report.md and plots are in {results_dir}")
@@ -300,34 +297,19 @@ def _batch(**values: torch.Tensor) -> ImageBatch:
 
 
 def _few_shot(
-    model: ContinualPatchCore, size: int, task: Task, paths: Sequence[str], shots: Sequence[int], results: Results
+    model: ContinualPatchCore, size: int, task: Task, shots: Sequence[int], results: Results
 ) -> Generator[str]:
     """Learn a product alone from its first images, without validation images; yield a line for each."""
-    learners = {
-        f"ContinualPatchCore with views, {size}": True,
-        f"ContinualPatchCore without views, {size}": False,
-        f"PatchCore, {size}": None,
-    }
-    for name, views in learners.items():
+    for kind in (ContinualPatchCoreLearner, Joint):
+        name = _title(kind, size)
         done = [row.step for row in results.of("few-shot", 1, name) if row.task == task.name]
         for count in sorted(set(shots) - set(done)):
-            if count > len(paths) or (views and count > FEW_IMAGES):  # which are learned without views
+            if count > len(task.train):
                 continue
-            if views is None:
-                learner: Learner = Joint(size)
-                images = list(task.train[:count])
-                costs = _learn(learner, Step("", images, task, 1), images)
-            else:
-                learner = ContinualPatchCoreLearner(size, 0, model.model)
-                model.model.bank, model.few_shot_views = MemoryBank(size), views
-                report = model.partial_fit(list(paths[:count]), task.variant)
-                learner.memory = model.model.bank
-                # Its memory is not known apart from that of the features, which it makes by itself.
-                costs = {
-                    "update_seconds": report.seconds,
-                    "peak_mib": float("nan"),
-                    "bank_mib": learner.nbytes() / 2**20,
-                }
+            own = {"model": model.model} if kind is ContinualPatchCoreLearner else {}
+            learner: Learner = kind(size, 0, **own)
+            images = list(task.train[:count])
+            costs = _learn(learner, Step("", images, task, 1), images)
             row = Row(
                 "few-shot",
                 1,

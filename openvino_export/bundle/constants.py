@@ -59,15 +59,17 @@ def bank_tables(bank: MemoryBank, dimension: int, capacity: int) -> dict[str, ND
     return {"vectors": vectors, "squares": squares, "owners": owners, "positions": np.arange(capacity)}
 
 
-def threshold_tables(bank: MemoryBank, capacity: int) -> dict[str, NDArray[np.float32]]:
+def threshold_tables(bank: MemoryBank, capacity: int, by_range: bool = False) -> dict[str, NDArray[np.float32]]:
     """Thresholds of all variants; what is unknown is NaN, and so are unused rows.
 
     Args:
         bank: What is known.
         capacity: Number of rows.
+        by_range: Whether they are for a bundle of a version that normalised by a minimum and a maximum.
 
     Returns:
-        `image_values` and `pixel_values`: threshold, minimum and maximum of each variant, shape `(capacity, 3)`.
+        `image_values` and `pixel_values`: threshold and steepness of each variant, shape `(capacity, 2)`; for such a
+        bundle threshold, minimum and maximum, shape `(capacity, 3)`.
 
     Raises:
         ValueError: If there are more variants than rows.
@@ -75,14 +77,16 @@ def threshold_tables(bank: MemoryBank, capacity: int) -> dict[str, NDArray[np.fl
     if len(bank.variants) > capacity:
         msg = f"There is room for the thresholds of {capacity} variants, but {len(bank.variants)} were learned."
         raise ValueError(msg)
-    tables = {kind: np.full((capacity, 3), np.nan, np.float32) for kind in ("image", "pixel")}
+    tables = {kind: np.full((capacity, 3 if by_range else 2), np.nan, np.float32) for kind in ("image", "pixel")}
     for position, variant in enumerate(bank.variants):
-        for kind, values in thresholds(bank, variant).items():
-            tables[kind][position] = values
+        decided = thresholds(bank, variant)
+        for kind, threshold in (("image", decided.image), ("pixel", decided.pixel)):
+            value = threshold.value
+            tables[kind][position] = (value, 0, 2 * value) if by_range else (value, threshold.steepness)
     return {f"{kind}_values": table for kind, table in tables.items()}
 
 
-def graph_tables(bank: MemoryBank, dimension: int, capacity: int) -> dict[str, NDArray[Any]]:
+def graph_tables(bank: MemoryBank, dimension: int, capacity: int, by_range: bool = False) -> dict[str, NDArray[Any]]:
     """All tables, by the names of the constants that hold them in an OpenVINO file; see the functions above."""
-    tables = {**bank_tables(bank, dimension, capacity), **threshold_tables(bank, capacity)}
+    tables = {**bank_tables(bank, dimension, capacity), **threshold_tables(bank, capacity, by_range)}
     return {f"bank.{name}": table for name, table in tables.items()}

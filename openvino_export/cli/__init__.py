@@ -10,11 +10,20 @@ import sys
 from typing import Any
 
 from openvino_export.cli.inspect import predict, watch
-from openvino_export.cli.learning import info, learn, undo
+from openvino_export.cli.learning import info, learn, set_decision, undo
 from openvino_export.cli.measure import benchmark, parity
 from openvino_export.cli.output import ERROR
 
-COMMANDS: list[Any] = [predict, learn, info, benchmark, parity, watch, undo]
+COMMANDS: dict[str, Any] = {
+    "predict": predict,
+    "learn": learn,
+    "set": set_decision,
+    "info": info,
+    "benchmark": benchmark,
+    "parity": parity,
+    "watch": watch,
+    "undo": undo,
+}
 
 
 def main(args: list[str] | None = None) -> int:

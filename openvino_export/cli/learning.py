@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands about what a bundle knows: ``learn``, ``info`` and ``undo``."""
+"""Commands about what a bundle knows: ``learn``, ``set``, ``info`` and ``undo``."""
 
 import json
 import sys
@@ -46,7 +46,43 @@ def learn(
     for name, excess in learned.held_back.items():
         text = f"{name} was not learned: it scores {excess:.1f} times the threshold. If it is good, add --force true."
         print(text, file=sys.stderr)
+    for sentence in report.advice:
+        print(sentence, file=sys.stderr)
     return ANOMALOUS if learned.held_back else GOOD
+
+
+def set_decision(
+    bundle: str,
+    variant: str | None = None,
+    false_alarm_rate: float | None = None,
+    threshold: float | None = None,
+    automatic: bool = False,
+) -> int:
+    """Set the false-alarm rate or a threshold, in the bundle and the constants of its model.xml; see info.
+
+    Args:
+        bundle: Folder that the export to openvino has written.
+        variant: Name of the product variant that it is for; all by default.
+        false_alarm_rate: Share of good images that may be called anomalous, such as 0.005.
+        threshold: Raw image score above which an image is anomalous, set by hand.
+        automatic: Let thresholds follow from good images again, at the rate of the bundle.
+    """
+    if [false_alarm_rate is not None, threshold is not None, automatic].count(True) != 1:
+        msg = "Give one of --false_alarm_rate, --threshold and --automatic true."
+        raise ValueError(msg)
+    from openvino_export.detector import EdgeDetector
+
+    detector = EdgeDetector(bundle)
+    detector.set_decision(variant, false_alarm_rate=false_alarm_rate, threshold=threshold)
+    detector.save()
+    keys = ("false_alarm_rate", "smallest_rate", "rests_on_images", "threshold", "by_hand")
+    for name, known in detector.info()["variants"].items():
+        if variant in {None, name}:
+            print_line({"variant": name, **{key: known[key] for key in keys}})
+            if not known["by_hand"] and known["false_alarm_rate"] < known["smallest_rate"]:
+                text = f"{name}: {known['rests_on_images']} good images support rates down to"
+                print(f"{text} {known['smallest_rate']:.3f}; the threshold is extrapolated.", file=sys.stderr)
+    return GOOD
 
 
 def info(bundle: str) -> int:

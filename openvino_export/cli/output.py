@@ -46,6 +46,8 @@ def prediction_line(
         "pred_score": round(result.pred_score, 6),
         "variant": result.variant,
     }
+    if result.is_sure is not None:
+        line["is_sure"] = result.is_sure
     if output is not None:
         from openvino_export.cli.overlay import write_overlay
 

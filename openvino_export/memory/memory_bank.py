@@ -2,8 +2,8 @@
 """Memory bank of a fixed size that holds what was learned of all product variants.
 
 NumPy and faiss only, so that a training PC and an edge PC without torch run the same code. How a variant is selected
-says `variant.py`, how images are learned `update.py`. The budget is divided by equal scaled radius: one threshold on
-radius / scale of the variant cuts all variants. The rule is ours.
+says `variant.py`, how images are learned `update.py`. The budget is divided by need: one threshold on what a vector is
+worth to good images cuts all variants (`leave_one_out.py`). The rule is ours.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .leave_one_out import scored
 from .patch_pool import REMEMBERED_IMAGES
 from .search import NearestNeighbors
-from .variant import MEMBERSHIP, Calibration, Variant, cut, describe
+from .thresholds import FALSE_ALARM_RATE, check_rate
+from .variant import MEMBERSHIP, Variant, cut, describe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,13 +40,14 @@ class MemoryBank:
         dtype: Precision in which vectors are kept, `float32` or `float16`.
         variants: The bank's content by variant name, in order of arrival; cut to the shares of the budget.
         image_hashes: Hashes of the images that were learned, shape `(n,)`; the last ones are kept.
+        false_alarm_rate: Share of good images that may be called anomalous, where a variant has no rate of its own.
 
     Attributes:
         variants: The bank's content.
         image_hashes: Hashes of the images.
 
     Raises:
-        ValueError: If `size` is not positive, or `dtype` neither float32 nor float16.
+        ValueError: If `size` is not positive, `dtype` neither float32 nor float16, or the rate out of range.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class MemoryBank:
         dtype: str = "float32",
         variants: Mapping[str, Variant] | None = None,
         image_hashes: NDArray[np.int64] | None = None,
+        false_alarm_rate: float = FALSE_ALARM_RATE,
     ) -> None:
         if size < 1:
             msg = f"memory_size must be at least 1, got {size}."
@@ -62,8 +66,9 @@ class MemoryBank:
             raise ValueError(msg)
         self.size = size
         self.dtype = np.dtype(dtype)
-        shares = equal_scaled_radius(variants or {}, size)
-        self.variants = {name: cut(variant, shares[name]) for name, variant in (variants or {}).items()}
+        self.false_alarm_rate = check_rate(false_alarm_rate)
+        shares = shares_by_need(variants or {}, size)
+        self.variants = {name: _cut(variant, shares[name]) for name, variant in (variants or {}).items()}
         hashes = np.empty(0, np.int64) if image_hashes is None else image_hashes
         self.image_hashes = hashes[-REMEMBERED_IMAGES:]
 
@@ -76,12 +81,53 @@ class MemoryBank:
     ) -> MemoryBank:
         """A bank with new or changed variants, the budget divided anew, that remembers further images."""
         hashes = self.image_hashes if image_hashes is None else np.concatenate([self.image_hashes, image_hashes])
-        return MemoryBank(self.size, self.dtype.name, {**self.variants, **variants}, hashes)
+        return MemoryBank(self.size, self.dtype.name, {**self.variants, **variants}, hashes, self.false_alarm_rate)
 
-    def with_calibration(self, variant: str, calibration: Calibration) -> MemoryBank:
-        """A bank with other images that set the thresholds of a variant; its vectors, and their index, are the same."""
+    def with_changes(self, variant: str, **changes: Any) -> MemoryBank:  # noqa: ANN401
+        """A bank that decides otherwise on a variant; its vectors, and their index, are the same.
+
+        Args:
+            variant: Name of the variant.
+            changes: Attributes of :class:`Variant` other than its vectors.
+        """
         bank = copy.copy(self)
-        bank.variants = {**self.variants, variant: replace(self.variants[variant], calibration=calibration)}
+        bank.variants = {**self.variants, variant: replace(self.variants[variant], **changes)}
+        return bank
+
+    def with_decision(
+        self,
+        variant: str | None = None,
+        *,
+        false_alarm_rate: float | None = None,
+        threshold: float | None = None,
+    ) -> MemoryBank:
+        """A bank that decides by another false-alarm rate, or by thresholds that are set by hand.
+
+        Args:
+            variant: Name of the variant that this is for; all by default.
+            false_alarm_rate: Share of good images that may be called anomalous. Thresholds by hand end.
+            threshold: Raw image score above which an image is anomalous.
+
+        Returns:
+            The bank; without rate and threshold, one that decides by the rate of the bank again.
+
+        Raises:
+            ValueError: If there is no such variant, or a value is out of range.
+        """
+        if variant is not None and variant not in self.variants:
+            msg = f"There is no variant {variant!r}; known are {', '.join(self.variants) or 'none'}."
+            raise ValueError(msg)
+        if threshold is not None and not 0 < threshold < np.inf:
+            msg = f"A threshold must be above 0 and finite, got {threshold}."
+            raise ValueError(msg)
+        rate = None if false_alarm_rate is None else check_rate(false_alarm_rate)
+        bank = copy.copy(self)
+        if variant is None and rate is not None:
+            bank.false_alarm_rate, rate = rate, None
+        by_hand = None if threshold is None else (threshold, np.nan)
+        chosen = self.variants if variant is None else {variant: self.variants[variant]}
+        changed = {name: replace(each, false_alarm_rate=rate, by_hand=by_hand) for name, each in chosen.items()}
+        bank.variants = {**self.variants, **changed}
         return bank
 
     def dimension(self) -> int | None:
@@ -93,11 +139,10 @@ class MemoryBank:
         arrays: list[NDArray[Any]] = [self.image_hashes]
         for variant in self.variants.values():
             arrays += [variant.vectors, variant.radii, variant.cover_radii, variant.prototype]
-            arrays.append(variant.prequential_scores)
-            if calibration := variant.calibration:
-                arrays += [calibration.patches, calibration.labels, calibration.scores]
-        numbers = 4 * 8 * len(self.variants)  # pixel threshold, minimum, maximum and margin of each
-        return sum(array.nbytes for array in arrays) + numbers
+            arrays += [variant.origins, variant.stand_ins, variant.gains]
+            if variant.calibration:
+                arrays += vars(variant.calibration).values()
+        return sum(array.nbytes for array in arrays)
 
     def radius_bound(self) -> float:
         """Upper bound of the coverage radius: every patch ever learned lies within it of some vector."""
@@ -188,11 +233,29 @@ def check_patches(patches: Array, dimension: int | None, dtype: np.dtype) -> Non
         raise ValueError(msg)
 
 
-def equal_scaled_radius(variants: Mapping[str, Variant], size: int) -> dict[str, int]:
-    """Divide `size` vectors among at most as many variants: one threshold on radius / scale."""
-    scaled = {name: variant.radii / variant.scale for name, variant in variants.items()}
-    together = np.concatenate([*scaled.values(), np.zeros(0, np.float32)])
+def shares_by_need(variants: Mapping[str, Variant], size: int) -> dict[str, int]:
+    """Divide `size` vectors among at most as many variants: one threshold on what a vector is worth."""
+    together = np.concatenate([*(variant.gains for variant in variants.values()), np.zeros(0, np.float32)])
     if len(together) <= size:
-        return {name: len(radii) for name, radii in scaled.items()}
+        return {name: len(variant.gains) for name, variant in variants.items()}
     threshold = np.partition(together, -size - 1)[-size - 1]
-    return {name: int((radii > threshold).sum()) for name, radii in scaled.items()}
+    shares = {name: int((variant.gains > threshold).sum()) for name, variant in variants.items()}
+    # Of vectors that are worth the same each variant has as many, or one more, in order of names.
+    equal = {name: int((variant.gains == threshold).sum()) for name, variant in sorted(variants.items())}
+    left = size - sum(shares.values())
+    while left > 0:
+        waiting = [name for name, count in equal.items() if count][:left]
+        step = max(1, min(left // len(waiting), *(equal[name] for name in waiting)))
+        for name in waiting:
+            shares[name] += step
+            equal[name] -= step
+        left -= step * len(waiting)
+    return shares
+
+
+def _cut(variant: Variant, keep: int) -> Variant:
+    """Keep the first `keep` vectors, and score the images again by which the variant judges itself."""
+    shorter = cut(variant, keep)
+    if shorter is variant or variant.calibration is None:
+        return shorter
+    return replace(shorter, calibration=scored(shorter, variant.calibration))

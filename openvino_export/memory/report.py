@@ -7,10 +7,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .thresholds import SURE_IMAGES, thresholds
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from .memory_bank import MemoryBank
+
+# A variant that wants so many times the vectors that it has is named.
+STARVED = 2
 
 
 @dataclass
@@ -27,6 +32,7 @@ class Report:
         num_vectors: Vectors in the bank.
         nbytes: Bytes of the bank and its calibration.
         seconds: Time spent on selection.
+        advice: What the bank would need to judge well, a sentence each.
     """
 
     variants: Counter[str] = field(default_factory=Counter)
@@ -38,6 +44,7 @@ class Report:
     num_vectors: int = 0
     nbytes: int = 0
     seconds: float = 0.0
+    advice: list[str] = field(default_factory=list)
 
     def complete(self, before: Mapping[str, int], bank: MemoryBank) -> None:
         """Say what the update led to.
@@ -51,6 +58,7 @@ class Report:
             if more:
                 (self.added if more > 0 else self.removed)[name] = abs(more)
         self.radius_bound, self.num_vectors, self.nbytes = bank.radius_bound(), len(bank), bank.nbytes()
+        self.advice = advice(bank, self.variants)
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -65,3 +73,30 @@ class Report:
             f"{removed}, now {self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; "
             f"selection {self.seconds:.1f} s"
         )
+
+
+def advice(bank: MemoryBank, learned: Collection[str]) -> list[str]:
+    """What a bank would need to judge well, a sentence each.
+
+    Args:
+        bank: What is known.
+        learned: Names of variants that were just learned. Of these it is said how sure their thresholds are.
+    """
+    sentences = []
+    for name in learned:
+        # The first image is scored once there is another.
+        images = max(thresholds(bank, name).images, min(1, bank.variants[name].images))
+        if images < SURE_IMAGES:
+            sentences.append(
+                f"The threshold of {name} rests on {images} good images and is a guess; "
+                f"{SURE_IMAGES - images} more make it sure."
+            )
+    short = {name: each for name, each in bank.variants.items() if STARVED * len(each.radii) < each.wanted}
+    if short:
+        lacking = ", ".join(f"{name} {len(each.radii)} of {each.wanted}" for name, each in short.items())
+        enough = sum(max(len(each.radii), each.wanted) for each in bank.variants.values())
+        sentences.append(
+            f"The memory is too small for what it holds. Of the vectors that they need have {lacking}. "
+            f"Give it a memory_size of {enough} at least."
+        )
+    return sentences

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openvino_export.images import image_hash
-
+from .leave_one_out import CALIBRATION_PATCHES, gains, no_images
 from .memory_bank import MemoryBank
 from .patch_pool import LISTS, PatchPool
-from .thresholds import CALIBRATION_PATCHES
+from .state_2 import upgraded
+from .thresholds import check_rate
 from .update import Update, pool_capacity
 from .variant import Calibration, Variant
 
@@ -21,37 +23,46 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from .update import Waiting
-
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+# Under these keys the arrays of all variants follow each other, by the attribute of a variant, or of its calibration.
+VECTORS = {
+    "vectors": "vectors",
+    "radii": "radii",
+    "covers": "cover_radii",
+    "origins": "origins",
+    "stand_ins": "stand_ins",
+    "gains": "gains",
+}
+CALIBRATION = {f"calibration_{key}": key for key in ("patches", "origins", "labels", "factors", "scores")}
 
 
 def to_arrays(known: MemoryBank | Update) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """State as arrays and as plain data, fit for safetensors and JSON. That of an update holds its pools, too.
 
-    The keys are those of the first files: `covers` are cover radii, `resolution` is the merge radius, `novelties` are
-    prequential scores, and a stream is a pool.
+    Some keys are those of the first files: `covers` are cover radii, `resolution` is the merge radius, and a stream is
+    a pool.
     """
     bank = known.bank if isinstance(known, Update) else known
     variants = bank.variants.values()
     dimension = bank.dimension() or 0
-    empty = Calibration(
-        np.empty((0, CALIBRATION_PATCHES, dimension), np.float16),
-        np.empty(0, bool),
-        np.empty(0, np.float32),
-    )
+    empty = no_images(dimension)
     calibrations = [variant.calibration or empty for variant in variants]
-    nothing = np.empty(0, np.float32)
+    nothing = {
+        "vectors": np.empty((0, dimension), bank.dtype),
+        "origins": np.empty(0, np.int32),
+    }
     arrays = {
-        "vectors": np.concatenate([np.empty((0, dimension), bank.dtype), *(v.vectors for v in variants)]),
-        "radii": np.concatenate([nothing, *(v.radii for v in variants)]),
-        "covers": np.concatenate([nothing, *(v.cover_radii for v in variants)]),
-        "calibration_patches": np.concatenate([empty.patches, *(c.patches for c in calibrations)]),
-        "calibration_labels": np.concatenate([empty.labels, *(c.labels for c in calibrations)]),
-        "calibration_scores": np.concatenate([empty.scores, *(c.scores for c in calibrations)]),
-        "calibration_pixels": np.array([c.pixel for c in calibrations], np.float64).reshape(-1, 3),
-        "calibration_margins": np.array([c.margin for c in calibrations], np.float64),
-        "novelties": np.concatenate([nothing, *(v.prequential_scores for v in variants)]),
+        key: np.concatenate([
+            nothing.get(key, np.empty(0, np.float32)),
+            *(getattr(variant, name) for variant in variants),
+        ])
+        for key, name in VECTORS.items()
+    }
+    arrays |= {
+        key: np.concatenate([getattr(empty, name), *(getattr(each, name) for each in calibrations)])
+        for key, name in CALIBRATION.items()
+    }
+    arrays |= {
         "prototypes": np.array([v.prototype for v in variants], np.float32).reshape(len(variants), dimension),
         "image_hashes": bank.image_hashes,
     }
@@ -59,45 +70,29 @@ def to_arrays(known: MemoryBank | Update) -> tuple[dict[str, NDArray[Any]], dict
         "schema_version": SCHEMA_VERSION,
         "size": bank.size,
         "dtype": bank.dtype.name,
+        "false_alarm_rate": bank.false_alarm_rate,
         "variants": [
             {
                 "name": name,
                 "vectors": len(variant.radii),
-                "scale": variant.scale,
                 "resolution": variant.merge_radius,
                 "images": variant.images,
                 "spread": variant.spread,
+                "wanted": variant.wanted,
                 "calibration_images": len(variant.calibration.labels) if variant.calibration else 0,
-                "novelties": len(variant.prequential_scores),
+                "false_alarm_rate": variant.false_alarm_rate,
+                "by_hand": variant.by_hand and [None if math.isnan(value) else value for value in variant.by_hand],
+                "former": variant.former and [None if math.isnan(value) else value for value in variant.former],
             }
             for name, variant in bank.variants.items()
         ],
         "streams": [],
     }
-    if isinstance(known, Update) and known.is_open():
-        _add_update(known, arrays, plain)
-    return arrays, plain
-
-
-def _add_update(update: Update, arrays: dict[str, NDArray[Any]], plain: dict[str, Any]) -> None:
-    """Add what an update holds besides its bank."""
-    for position, pool in enumerate(update.pools.values()):
+    for position, pool in enumerate(known.pools.values() if isinstance(known, Update) else ()):
         own, described = pool.to_arrays()
         arrays |= {f"stream_{position}_{key}": value for key, value in own.items()}
         plain["streams"].append(described)
-    names = list(dict.fromkeys(update.learned.values()))
-    plain["learned"] = names
-    arrays["learned_hashes"] = np.array(list(update.learned), np.int64)
-    arrays["learned_variants"] = np.array([names.index(name) for name in update.learned.values()], np.int64)
-    waiting = [
-        (name, image, patches)
-        for name, images in update.waiting.items()
-        for image, _, patches in images
-        if patches is not None
-    ]
-    plain["waiting"] = [name for name, *_ in waiting]
-    for position, (_, image, patches) in enumerate(waiting):
-        arrays |= {f"waiting_{position}_image": image, f"waiting_{position}_patches": patches}
+    return arrays, plain
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> Update:
@@ -107,14 +102,16 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) ->
         ValueError: If the state is of another schema, or damaged.
     """
     version = plain.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in {SCHEMA_VERSION - 1, SCHEMA_VERSION}:
         msg = (
             f"The memory bank has schema version {version}, this version of anomalib-ext reads {SCHEMA_VERSION}; "
             "use the version that wrote it, or a newer one."
         )
         raise ValueError(msg)
     try:
-        empty = MemoryBank(plain["size"], plain["dtype"])
+        if version < SCHEMA_VERSION:
+            arrays, plain = upgraded(arrays, plain)
+        empty = MemoryBank(plain["size"], plain["dtype"], false_alarm_rate=plain["false_alarm_rate"])
         problems = _contradictions(arrays, plain)
     except KeyError as error:
         problems = [f"{error} is missing"]
@@ -131,49 +128,38 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) ->
         pool = PatchPool(name, bank.variants.get(name), own["points"].shape[1], capacity, bank.dtype)
         pool.restore(own, described)
         pools.append(pool)
-    learned = {value: pool.name for pool in pools for value in pool.hashes}  # files of before say no more
-    if "learned" in plain:
-        owners = (plain["learned"][i] for i in arrays["learned_variants"].tolist())
-        learned = dict(zip(arrays["learned_hashes"].tolist(), owners, strict=True))
-    waiting: Waiting = {}
-    for position, name in enumerate(plain.get("waiting", [])):
-        image, patches = (np.array(arrays[f"waiting_{position}_{key}"]) for key in ("image", "patches"))
-        waiting.setdefault(name, []).append((image, image_hash(image), patches))
-    update = Update(bank)
-    update.resume(pools, waiting, learned)
-    return update
+    return Update(bank, pools)
 
 
 def _variants(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> dict[str, Variant]:
     variants = {}
-    first = image = score = 0
+    first = image = 0
     for position, entry in enumerate(plain["variants"]):
         part = slice(first, first + entry["vectors"])
         images = slice(image, image + entry["calibration_images"])
-        scores = slice(score, score + entry["novelties"])
-        first, image, score = part.stop, images.stop, scores.stop
+        first, image = part.stop, images.stop
         calibration = None
         if entry["calibration_images"]:
-            threshold, lowest, highest = (float(value) for value in arrays["calibration_pixels"][position])
-            calibration = Calibration(
-                np.array(arrays["calibration_patches"][images]),
-                np.array(arrays["calibration_labels"][images]),
-                np.array(arrays["calibration_scores"][images]),
-                (threshold, lowest, highest),
-                float(arrays["calibration_margins"][position]),
-            )
-        variants[entry["name"]] = Variant(
-            vectors=np.array(arrays["vectors"][part]),
-            radii=np.array(arrays["radii"][part]),
-            cover_radii=np.array(arrays["covers"][part]),
-            scale=entry["scale"],
+            calibration = Calibration(**{name: np.array(arrays[key][images]) for key, name in CALIBRATION.items()})
+        by_hand, former = (
+            entry[key] and [math.nan if value is None else value for value in entry[key]]
+            for key in ("by_hand", "former")
+        )
+        variant = Variant(
+            **{name: np.array(arrays[key][part]) for key, name in VECTORS.items()},
             merge_radius=entry["resolution"],
             images=entry["images"],
             prototype=np.array(arrays["prototypes"][position]),
             spread=entry["spread"],
+            wanted=entry["wanted"],
             calibration=calibration,
-            prequential_scores=np.array(arrays["novelties"][scores]),
+            false_alarm_rate=entry["false_alarm_rate"],
+            by_hand=(by_hand[0], by_hand[1]) if by_hand else None,
+            former=(former[0], former[1], former[2]) if former else None,
         )
+        if not len(variant.gains) or np.isnan(variant.gains).all():  # of a version that divided by radius
+            variant = replace(variant, gains=gains(replace(variant, calibration=None))[0], wanted=0)
+        variants[entry["name"]] = variant
     return variants
 
 
@@ -215,30 +201,30 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
     images = sum(entry["calibration_images"] for entry in entries)
     dimension = arrays["vectors"].shape[-1]
     shapes = {
+        **dict.fromkeys(VECTORS, (sum(counts),)),
         "vectors": (sum(counts), dimension),
-        "radii": (sum(counts),),
-        "covers": (sum(counts),),
+        **dict.fromkeys(CALIBRATION, (images,)),
         "calibration_patches": (images, CALIBRATION_PATCHES, dimension),
-        "calibration_labels": (images,),
-        "calibration_scores": (images,),
-        "calibration_pixels": (len(entries), 3),
-        "calibration_margins": (len(entries),),
-        "novelties": (sum(entry["novelties"] for entry in entries),),
+        "calibration_factors": (images, 2),
         "prototypes": (len(entries), dimension),
         "image_hashes": (arrays["image_hashes"].size,),
     }
-    finite = [
-        "vectors",
-        "covers",
-        "prototypes",
-        "calibration_patches",
-        "calibration_scores",
-        "calibration_margins",
-        "novelties",
-    ]
-    more, also_finite = _shapes_of_update(arrays, plain, dimension)
-    shapes |= more
-    finite += also_finite
+    finite = ["vectors", "covers", "prototypes", "calibration_patches", "calibration_factors"]
+    for position, stream in enumerate(plain["streams"]):
+        prefix = f"stream_{position}_"
+        count = len(arrays[f"{prefix}points"])
+        dimension = dimension or arrays[f"{prefix}points"].shape[-1]
+        shapes |= {
+            f"{prefix}points": (count, dimension),
+            **{f"{prefix}{key}": (count,) for key in ("radii", "covers", "origins", "stand_ins")},
+            f"{prefix}prototype": (dimension,),
+            f"{prefix}hashes": (arrays[f"{prefix}hashes"].size,),
+        }
+        finite += [f"{prefix}{key}" for key in ("points", "covers", "prototype")]
+        for number in range(len(stream["samples"])):
+            key = f"{prefix}sample_{number}"
+            shapes[key] = (len(arrays[key]), dimension)
+            finite.append(key)
     problems = [
         f"{key} has the shape {arrays[key].shape} in place of {shape}"
         for key, shape in shapes.items()
@@ -251,71 +237,64 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
     if arrays["vectors"].dtype != plain["dtype"]:
         problems.append(f"vectors are of {arrays['vectors'].dtype} in place of {plain['dtype']}")
     problems += [f"{key} holds values that are not finite" for key in finite if not np.isfinite(arrays[key]).all()]
+    if np.isnan(arrays["calibration_scores"]).any():
+        problems.append("calibration_scores holds NaN")
     if len({entry["name"] for entry in entries}) < len(entries):
         problems.append("a variant is there twice")
     if len({stream["name"] for stream in plain["streams"]}) < len(plain["streams"]):
         problems.append("a pool is there twice")
-    problems += _problems_of_update(arrays, plain)
+    problems += _problems_of_pools(arrays, plain)
     first = 0
     for entry, count in zip(entries, counts, strict=True):
-        radii = arrays["radii"][first : first + count]
-        first += count
-        if count < 1 or radii[0] != np.inf or not (np.diff(radii) <= 0).all():
-            problems.append(f"radii of {entry['name']} do not fall from infinity")
-        if not (entry["scale"] > 0 and all(entry[key] >= 0 for key in ("resolution", "spread", "images"))):
-            problems.append(f"scale, resolution, spread or images of {entry['name']} are out of range")
+        part = slice(first, first + count)
+        first = part.stop
+        problems += _problems_of_variant(entry, arrays["radii"][part], arrays["gains"][part], arrays["stand_ins"][part])
     return problems
 
 
-def _shapes_of_update(
-    arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any], dimension: int
-) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Shapes that arrays of an update must have, and names of those that must be finite.
-
-    Args:
-        arrays: The arrays.
-        plain: The plain data.
-        dimension: Length of a vector, 0 while the bank is empty.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    finite = []
-    for position in range(len(plain["streams"])):
-        prefix = f"stream_{position}_"
-        count = len(arrays[f"{prefix}points"])
-        dimension = dimension or arrays[f"{prefix}points"].shape[-1]
-        shapes |= {
-            f"{prefix}points": (count, dimension),
-            f"{prefix}radii": (count,),
-            f"{prefix}covers": (count,),
-            f"{prefix}prototype": (dimension,),
-            f"{prefix}hashes": (arrays[f"{prefix}hashes"].size,),
-            f"{prefix}novelties": (arrays[f"{prefix}novelties"].size,),
-        }
-        finite += [f"{prefix}{key}" for key in ("points", "covers", "prototype", "novelties")]
-    for position in range(len(plain.get("waiting", []))):
-        image, patches = (f"waiting_{position}_{key}" for key in ("image", "patches"))
-        dimension = dimension or arrays[patches].shape[-1]
-        shapes |= {image: (3, *arrays[image].shape[-2:]), patches: (len(arrays[patches]), dimension)}
-        finite += [image, patches]
-    if "learned" in plain:
-        shapes["learned_hashes"] = (arrays["learned_variants"].size,)
-        shapes["learned_variants"] = (arrays["learned_hashes"].size,)
-    return shapes, finite
+def _problems_of_variant(
+    entry: Mapping[str, Any], radii: NDArray[Any], worth: NDArray[Any], stand_ins: NDArray[Any]
+) -> list[str]:
+    """What is wrong with a variant whose arrays have the right shapes."""
+    problems = []
+    name = entry["name"]
+    if not len(radii) or radii[0] != np.inf or not (np.diff(radii) <= 0).all():
+        problems.append(f"radii of {name} do not fall from infinity")
+    if not (np.isnan(worth).all() or (worth[0] == np.inf and (worth[1:] <= worth[:-1]).all() and (worth >= 0).all())):
+        problems.append(f"gains of {name} do not fall from infinity")
+    if not (stand_ins >= 0).all():
+        problems.append(f"stand_ins of {name} are negative or NaN")
+    if not all(entry[key] >= 0 for key in ("resolution", "spread", "images", "wanted")):
+        problems.append(f"resolution, spread, images or wanted of {name} are out of range")
+    rate = entry["false_alarm_rate"]
+    try:
+        if rate is not None:
+            check_rate(rate)
+    except ValueError as error:
+        problems.append(f"{name}: {error}")
+    for key, count in (("by_hand", 2), ("former", 3)):
+        values = entry[key]
+        if values is not None and not (len(values) == count and all(each is None or each >= 0 for each in values)):
+            problems.append(f"{key} of {name} is out of range")
+    return problems
 
 
-def _problems_of_update(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> list[str]:
-    """What is wrong with an update whose arrays have the right shapes."""
+def _problems_of_pools(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> list[str]:
+    """What is wrong with pools whose arrays have the right shapes."""
     problems = []
     for position, stream in enumerate(plain["streams"]):
-        points, radii = (arrays[f"stream_{position}_{key}"] for key in ("points", "radii"))
-        if np.isnan(radii).any() or (radii < 0).any():
-            problems.append(f"stream_{position}_radii holds negative values or NaN")
+        points, radii, stand_ins = (arrays[f"stream_{position}_{key}"] for key in ("points", "radii", "stand_ins"))
+        for key, values in (("radii", radii), ("stand_ins", stand_ins)):
+            if not (values >= 0).all():
+                problems.append(f"stream_{position}_{key} holds negative values or NaN")
         if points.dtype != np.float32:
             problems.append(f"stream_{position}_points are of {points.dtype} in place of float32")
         if not stream["name"] or stream["divided_at"] not in {0, *range(LISTS, len(points) + 1)}:
             problems.append(f"name or divided_at of pool {position} are out of range")
         if not all(stream[key] >= 0 for key in ("resolution", "spread", "images")):
             problems.append(f"resolution, spread or images of pool {position} are out of range")
-    if "learned" in plain and not np.isin(arrays["learned_variants"], np.arange(len(plain["learned"]))).all():
-        problems.append("learned images are of variants that are not named")
+        for number, (_, rows, columns, height, width) in enumerate(stream["samples"]):
+            patches = len(arrays[f"stream_{position}_sample_{number}"])
+            if (rows or columns) and (rows * columns != patches or not (height > 0 and width > 0)):
+                problems.append(f"image {number} of pool {position} has {patches} patches, not {rows} x {columns}")
     return problems

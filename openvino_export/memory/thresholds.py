@@ -1,194 +1,156 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thresholds of each variant, which follow the bank as it changes. The rules are ours.
+"""Thresholds of each variant, at the false-alarm rate that was asked for. The rule is ours, after conformal prediction.
 
-Validation images set them, or, without such, the last learned images and views of them (`augment.py`). What is kept of
-these images is scored again whenever the bank changes.
+Of `n` good images that were not learned, and one more, each is as likely as any other to score highest (Vovk et al.,
+Algorithmic Learning in a Random World, 2005). So a good image scores above the `k`-th highest of `n` with the
+probability `k / (n + 1)`, whatever the scores look like. What a learned image would have scored, `leave_one_out.py`
+says.
+
+Below `1 / (n + 1)` the images say nothing by themselves. There the threshold is extrapolated beyond the highest, as if
+the rate fell by a constant factor with each step of the logarithm, and farther the fewer images there are.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from openvino_export.anomaly_map import anomaly_maps
-
-from .augment import NUM_VIEWS, augmented_views
-from .k_center import nearest
-from .variant import Calibration
+from .leave_one_out import log_spread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from numpy.typing import NDArray
 
     from .memory_bank import MemoryBank
+    from .variant import Variant
 
     Array = NDArray[np.float32]
 
-# Calibration keeps the patches of an image that score highest, now and once only a share of the vectors is left.
-CALIBRATION_SHARES = (0.5, 0.25, 0.125)
-PATCHES_BY_SHARE = 4
-CALIBRATION_PATCHES = PATCHES_BY_SHARE * (1 + len(CALIBRATION_SHARES))
-CALIBRATION_IMAGES = 32  # of each label
-# So many of the last images, or views of fewer, set thresholds if there is no validation set.
-RECENT_IMAGES = 16
-# Views as slight as those that were learned score far lower than another image of the product does. Of a single image
-# there is nothing else to go by; this factor was chosen on `brick`, and suits some products only (docs/benchmarks.md).
-CALIBRATION_STRENGTH = 2.5
+FALSE_ALARM_RATE = 0.02
+# From so many good images on, a threshold is called sure.
+SURE_IMAGES = 8
+# The logarithms of good scores spread so much, where no other variant tells.
+EXPECTED_SPREAD = 0.15
+# The upper tail falls off by a factor of e within this share of the spread, as that of a normal law does between 2 and
+# 10 %; more with few images, of which the highest is not known well.
+TAIL = 0.4
+FEW_IMAGES = 6.0
+# Of a single image only its own patches tell. Good scores lie about the mean radius of its first vectors, times the
+# exponential of the first, and the tail is that of the second. Chosen on 11 products, see docs/benchmarks.md.
+FIRST_RADII = 100
+SINGLE_OFFSET = 0.13
+SINGLE_TAIL = 0.15
 
 
-def calibration_patches(bank: MemoryBank, variant: str, patches: Array, scores: Array) -> Array:
-    """Patches by which the score of an image can be renewed when vectors are cut.
+@dataclass(frozen=True)
+class Threshold:
+    """What an image or a pixel of a variant is decided by.
 
-    The last vectors of a variant are cut first, so it is known which ones will be left. Kept are the patches that
-    score highest by all vectors, by the first half of the variant's, by a quarter and by an eighth.
-
-    Args:
-        bank: Bank that holds the variant.
-        variant: Name of the variant.
-        patches: Patch embeddings of one image, shape `(n, d)`.
-        scores: Distance of each to the nearest vector of the bank, shape `(n,)`.
-
-    Returns:
-        Shape `(CALIBRATION_PATCHES, d)`.
+    Attributes:
+        value: Raw score above which it is anomalous; NaN if nothing is known.
+        steepness: Exponent of the normalised score, see :func:`normalized`.
     """
-    vectors = bank.variants[variant].vectors
-    chosen = [_highest(scores, PATCHES_BY_SHARE)]
-    distances, first = np.full(len(patches), np.inf, np.float32), 0
-    for share in reversed(CALIBRATION_SHARES):
-        last = math.ceil(share * len(vectors))
-        if last > first:
-            distances = np.minimum(distances, nearest(patches, vectors[first:last])[0])
-        chosen.append(_highest(distances, PATCHES_BY_SHARE))
-        first = last
-    return patches[np.concatenate(chosen)]
+
+    value: float
+    steepness: float
 
 
-def calibrated(
-    bank: MemoryBank,
-    variant: str,
-    patches: Array,
-    labels: NDArray[np.bool_],
-    pixel: tuple[float, float, float] = (np.nan, np.nan, np.nan),
-    bound: float = 0.0,
-) -> MemoryBank:
-    """A bank that keeps what renews a variant's thresholds, in place of what was kept before.
+@dataclass(frozen=True)
+class Thresholds:
+    """How a variant decides.
+
+    Attributes:
+        image: For the score of an image.
+        pixel: For the anomaly map.
+        false_alarm_rate: Share of good images that may be called anomalous.
+        images: Number of good images that the thresholds rest on.
+        by_hand: Whether the image threshold was set by hand.
+    """
+
+    image: Threshold
+    pixel: Threshold
+    false_alarm_rate: float
+    images: int
+    by_hand: bool
+
+    def smallest_rate(self) -> float:
+        """Smallest false-alarm rate that so many images support; what is below is extrapolated."""
+        return 1 / (self.images + 1)
+
+    def is_sure(self) -> bool:
+        """Whether there are images enough to go by, or someone who has set the threshold."""
+        return self.by_hand or self.images >= SURE_IMAGES
+
+
+def thresholds(bank: MemoryBank, name: str) -> Thresholds:
+    """How a variant decides, with the vectors that it has now.
 
     Args:
         bank: Bank that holds the variant.
-        variant: Name of the variant.
-        patches: What :func:`calibration_patches` gave for each image, shape `(n, CALIBRATION_PATCHES, d)`.
-        labels: Whether each image is anomalous, shape `(n,)`.
-        pixel: Pixel threshold, minimum and maximum of the anomaly maps of these images.
-        bound: Score that normal images are known to have; thresholds are raised to it.
+        name: Name of the variant.
+    """
+    variant = bank.variants[name]
+    rate = bank.false_alarm_rate if variant.false_alarm_rate is None else variant.false_alarm_rate
+    good, defective, factors = _scores(variant)
+    expected = EXPECTED_SPREAD if len(good) >= SURE_IMAGES else _expected_spread(bank, name)
+    image = _threshold(good, rate, expected, variant)
+    pixel = _threshold(good * factors, rate, expected, variant)
+    if len(defective) and rate * (len(good) + 1) < 1 and len(good):
+        # Where good images do not tell, a known defect does: half-way between it and the highest of them.
+        highest = float(good.max())
+        limit = min((math.sqrt(highest * float(score)) for score in defective if score > highest), default=math.inf)
+        image = Threshold(min(image.value, limit), image.steepness)
+    given = variant.by_hand or _former(variant)
+    if given is not None:
+        pairs = zip(given, (image, pixel), strict=True)
+        image, pixel = (own if math.isnan(value) else Threshold(value, own.steepness) for value, own in pairs)
+    by_hand = variant.by_hand is not None and not math.isnan(variant.by_hand[0])
+    return Thresholds(image, pixel, rate, len(good), by_hand)
+
+
+def image_thresholds(bank: MemoryBank) -> dict[str, float]:
+    """Image threshold of each variant."""
+    return {name: thresholds(bank, name).image.value for name in bank.variants}
+
+
+def normalized(raw: Array, threshold: float, steepness: float) -> Array:
+    """Score in [0, 1) that means the same for all variants, 0.5 at the threshold.
+
+    Good images score `s` or more at the rate `false_alarm_rate ** -log2(1 - s)`, as far as the tail of good scores is
+    as it seems: with 2 %, 0.75 means 0.04 %. Scores below 0.25 tell nothing. In the logarithm of the raw score it is
+    the distribution function of Laplace. Ours.
+
+    Args:
+        raw: Raw scores, of any shape.
+        threshold: Of the variant.
+        steepness: Of the variant.
+    """
+    with np.errstate(divide="ignore"):
+        steps = np.log(raw / np.float32(threshold))
+    side = 0.5 * np.exp(-np.float32(steepness) * np.abs(steps))
+    return np.where(steps > 0, 1 - side, side).astype(np.float32)
+
+
+def check_rate(rate: float) -> float:
+    """Refuse what is no false-alarm rate.
 
     Raises:
-        ValueError: If `patches` are not finite or not of the shape above.
+        ValueError: If it is not between 0 and 0.5.
     """
-    shape = (len(labels), CALIBRATION_PATCHES, bank.variants[variant].vectors.shape[1])
-    if patches.shape != shape or not np.isfinite(patches).all():
-        msg = f"Calibration patches must be finite and of shape {shape}, got {patches.shape}."
+    if not 0 < rate <= 0.5:  # NaN as well
+        msg = (
+            f"false_alarm_rate must be above 0 and at most 0.5, got {rate}: the share of good images that may be wrong."
+        )
         raise ValueError(msg)
-    chosen = np.sort(np.concatenate([_spread(np.flatnonzero(labels == label)) for label in (False, True)]))
-    patches = patches[chosen].astype(np.float32)
-    if np.abs(patches).max(initial=0) <= np.finfo(np.float16).max:
-        patches = patches.astype(np.float16)  # precise enough for scores
-    scores = _scores(bank, patches)
-    margin = max(1.0, bound / max(float(scores.max(initial=0)), 1e-12)) if bound else 1.0
-    calibration = Calibration(patches, labels[chosen].astype(bool), scores, pixel, margin)
-    return bank.with_calibration(variant, calibration)
-
-
-def calibrated_from_views(
-    bank: MemoryBank,
-    variant: str,
-    images: Sequence[Array],
-    embed: Callable[[Array], Array],
-    wide: bool,
-) -> MemoryBank:
-    """A bank with thresholds of a variant that has no validation set.
-
-    Views that were not learned show how normal images score. Another image of the product can score higher than views
-    do, so the thresholds are raised to what the last images scored before they were learned.
-
-    Thresholds that anomalous images have set stay as they are; normal images that have set them count on.
-
-    Args:
-        bank: Bank that holds the variant.
-        variant: Name of the variant.
-        images: The variant's images that were learned last, at most RECENT_IMAGES of shape `(3, H, W)`.
-        embed: Gives patch embeddings `(B, h, w, d)`, float32, for normalised images `(B, 3, H, W)`.
-        wide: Whether the views differ more than those that few images are learned with; only as long as nothing else
-            says how normal images score.
-    """
-    known = bank.variants[variant].calibration
-    if known is not None and known.labels.any():
-        return bank  # scores of real anomalies stay the better guide
-    bound = bank.variants[variant].normal_score_bound()
-    strength = CALIBRATION_STRENGTH if wide and not bound else 1.0
-    kept = []
-    lowest, highest = np.inf, -np.inf
-    for i, image in enumerate(images):
-        for view in augmented_views(image, max(1, RECENT_IMAGES // len(images)), NUM_VIEWS + i, strength):
-            embedding = embed(view[None])[0]
-            patches = embedding.reshape(-1, embedding.shape[-1])
-            scores = bank.search(patches)[0]
-            pixels = anomaly_maps(scores.reshape(embedding.shape[:2]), *image.shape[1:])
-            lowest, highest = min(lowest, float(pixels.min())), max(highest, float(pixels.max()))
-            kept.append(calibration_patches(bank, variant, patches, scores))
-    calibration = np.stack(kept)
-    if known is not None:  # images learned earlier count as well
-        calibration = np.concatenate([known.patches, calibration])
-        _, known_lowest, known_highest = thresholds(bank, variant)["pixel"]
-        lowest = float(np.fmin(lowest, known_lowest))
-        highest = float(np.fmax(highest, known_highest / known.margin))
-    # As Anomalib does when no image is anomalous: the highest normal score is the threshold.
-    normal = np.zeros(len(calibration), dtype=bool)
-    return calibrated(bank, variant, calibration, normal, (highest, lowest, highest), bound)
-
-
-def thresholds(bank: MemoryBank, variant: str) -> dict[str, tuple[float, float, float]]:
-    """Threshold, minimum and maximum of the raw scores of a variant, for the bank as it is.
-
-    The image values come from the calibration images scored again. The anomaly maps are gone; their values move by the
-    same factor as the calibration scores. Without calibration, images are judged by the bound of the variant's normal
-    scores, as after an update that was interrupted.
-
-    Args:
-        bank: Bank that holds the variant.
-        variant: Name of the variant.
-
-    Returns:
-        Under `"image"` and `"pixel"` each threshold, minimum and maximum; NaN where nothing is known.
-    """
-    calibration = bank.variants[variant].calibration
-    if calibration is None or not len(calibration.labels):
-        bound = bank.variants[variant].normal_score_bound() or np.nan
-        return dict.fromkeys(("image", "pixel"), (bound, 0.0 * bound, bound))
-    scores = _scores(bank, calibration.patches)
-    factor = float(scores.mean() / max(float(calibration.scores.mean()), 1e-12))
-    threshold, lowest, highest = calibration.pixel
-    margin = calibration.margin
-    return {
-        "image": (
-            margin * f1_threshold(scores, calibration.labels),
-            float(scores.min()),
-            margin * float(scores.max()),
-        ),
-        "pixel": (margin * threshold * factor, lowest * factor, margin * highest * factor),
-    }
-
-
-def image_thresholds(bank: MemoryBank, last: float = math.nan) -> dict[str, float]:
-    """Image threshold of each variant; where the bank knows none, the last one that was set for all."""
-    own = {name: thresholds(bank, name)["image"][0] for name in bank.variants}
-    return {name: last if math.isnan(threshold) else threshold for name, threshold in own.items()}
+    return float(rate)
 
 
 def f1_threshold(scores: Array, labels: NDArray[np.bool_]) -> float:
     """Score above which an image is called anomalous, best by F1; the highest score if no image is anomalous.
+
+    What Anomalib does with validation images; for comparison.
 
     Args:
         scores: Shape `(n,)`.
@@ -207,22 +169,71 @@ def f1_threshold(scores: Array, labels: NDArray[np.bool_]) -> float:
     return middle if middle < lowest else below  # neighbors in float32 have no middle
 
 
-def _scores(bank: MemoryBank, patches: Array) -> Array:
-    """Image scores, shape `(n,)`, of calibration patches `(n, CALIBRATION_PATCHES, d)`."""
-    if not len(patches):
-        return np.empty(0, np.float32)
-    flat = patches.reshape(-1, patches.shape[-1]).astype(np.float32)
-    return bank.search(flat)[0].reshape(patches.shape[:2]).max(axis=1).astype(np.float32)
+def upper_limit(scores: Array, rate: float, expected_spread: float) -> tuple[float, float]:
+    """Score that a further good image exceeds at a rate, and the tail of scores there.
+
+    Args:
+        scores: Of good images that were not learned, at least one, shape `(n,)`.
+        rate: The rate.
+        expected_spread: Standard deviation of the logarithms of scores to be expected.
+
+    Returns:
+        The limit, and the step of the logarithm by which the rate falls by a factor of e.
+    """
+    logs = np.sort(np.log(np.maximum(scores, 1e-12)).astype(np.float64))
+    count = len(logs)
+    tail = TAIL * (1 + FEW_IMAGES / count) * log_spread(logs, expected_spread)
+    rank = (count + 1) * (1 - rate)
+    if rank > count:
+        limit = logs[-1] + tail * math.log(1 / ((count + 1) * rate))
+    else:
+        limit = float(np.interp(rank, np.arange(1, count + 1), logs))
+    return math.exp(limit), tail
 
 
-def _spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """At most CALIBRATION_IMAGES of the indices, evenly spread over them."""
-    if len(indices) <= CALIBRATION_IMAGES:
-        return indices
-    return indices[np.linspace(0, len(indices) - 1, CALIBRATION_IMAGES).astype(int)]
+def _threshold(good: Array, rate: float, expected: float, variant: Variant) -> Threshold:
+    if len(good):
+        value, tail = upper_limit(good, rate, expected)
+    else:
+        radii = variant.radii[1 : FIRST_RADII + 1]
+        scale = float(radii.mean()) if len(radii) else math.nan
+        value, tail = scale * math.exp(SINGLE_OFFSET + SINGLE_TAIL * math.log(1 / rate)), SINGLE_TAIL
+    return Threshold(value, math.log(2) / (math.log(1 / rate) * tail))
 
 
-def _highest(scores: Array, count: int) -> NDArray[np.int64]:
-    """Indices of the highest scores; of fewer than `count`, the lowest is repeated, which changes no maximum."""
-    order = np.argsort(-scores, kind="stable")[:count]
-    return np.pad(order, (0, count - len(order)), mode="edge")
+def _former(variant: Variant) -> tuple[float, float] | None:
+    """Thresholds of a former version, until the variant has learned enough images to judge itself.
+
+    They move with the scores of the images that had set them.
+    """
+    calibration = variant.calibration
+    learned = 0 if calibration is None else int((calibration.origins >= 0).sum())
+    if variant.former is None or learned >= SURE_IMAGES:
+        return None
+    image, pixel, before = variant.former
+    factor = 1.0
+    if calibration is not None and before > 0:
+        factor = float(calibration.scores[calibration.origins < 0].mean()) / before
+    return image * factor, pixel * factor
+
+
+def _scores(variant: Variant) -> tuple[Array, Array, Array]:
+    """Scores of good images and of defective ones, and by what factor the largest value of a good map differs."""
+    calibration = variant.calibration
+    if calibration is None:
+        nothing = np.empty(0, np.float32)
+        return nothing, nothing, nothing
+    known = np.isfinite(calibration.scores)
+    good, defective = known & ~calibration.labels, known & calibration.labels
+    factors = calibration.factors[:, 1] / calibration.factors[:, 0]
+    return calibration.scores[good], calibration.scores[defective], factors[good]
+
+
+def _expected_spread(bank: MemoryBank, name: str) -> float:
+    """What other variants say about how much good scores spread; the middle of them."""
+    spreads = [
+        float(np.log(np.maximum(good, 1e-12)).std(ddof=1))
+        for other, variant in bank.variants.items()
+        if other != name and len(good := _scores(variant)[0]) >= SURE_IMAGES
+    ]
+    return float(np.median(spreads)) if spreads else EXPECTED_SPREAD

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-# The scale of a variant is the mean insertion radius of its first picks, as many as even a small bank keeps.
-SCALE_PICKS = 100
 SENIORITY = 2.0
 # An image belongs to a variant if its mean embedding lies within this share of the variant's spread of the prototype.
 # Between what own images and what those of other products reach on real data, see docs/benchmarks.md.
@@ -32,21 +30,22 @@ MEMBERSHIP = 0.5
 
 @dataclass(frozen=True)
 class Calibration:
-    """What remains of the images that set a variant's thresholds.
+    """What remains of the images by which a variant judges itself, see `leave_one_out.py`.
 
     Attributes:
-        patches: Patches of each image that give its score, shape `(n, CALIBRATION_PATCHES, d)`.
+        patches: Patches of each image that can be its largest, shape `(n, CALIBRATION_PATCHES, d)`.
+        origins: Number of each image in the variant, shape `(n,)`; -1 for validation images, which were not learned.
         labels: Whether each image is anomalous, shape `(n,)`.
-        scores: Image score of each when it was taken, shape `(n,)`.
-        pixel: Pixel threshold, minimum and maximum of the anomaly maps at that time; NaN where unknown.
-        margin: Factor on the thresholds, where these images score lower than those that are to be judged.
+        factors: By which the largest distance of these patches is multiplied to be the score of the image, and to be
+            the largest value of its anomaly map, shape `(n, 2)`.
+        scores: Image score of each by the vectors that did not come from it, shape `(n,)`.
     """
 
     patches: Array
+    origins: NDArray[np.int32]
     labels: NDArray[np.bool_]
+    factors: Array
     scores: Array
-    pixel: tuple[float, float, float] = (np.nan, np.nan, np.nan)
-    margin: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,33 +56,35 @@ class Variant:
         vectors: Patch embeddings, shape `(n, d)`, float32 or float16.
         radii: Insertion radius of each vector, shape `(n,)`; the first is infinite.
         cover_radii: Largest distance from each vector to a learned patch that it stands for, shape `(n,)`.
-        scale: Mean insertion radius of the first picks, the unit in which the budget is divided.
+        origins: Number, in the variant, of the image that each vector came from, shape `(n,)`; -1 where unknown.
+        stand_ins: Distance from each vector to the nearest patch of another image that was seen, shape `(n,)`.
+        gains: By how much each vector helps, never rising, shape `(n,)`: what the budget is divided by.
         merge_radius: Distance up to which a patch counts as known; 0 until the first vector was dropped.
         images: Number of images learned.
         prototype: Mean patch embedding, shape `(d,)`.
         spread: Mean distance of a patch to the prototype.
-        calibration: Images that set the thresholds, if there were any.
-        prequential_scores: Score of the last learned images, each taken before it was learned, shape `(n,)`, `n` at
-            most PREQUENTIAL_SCORES; the first image has none.
+        wanted: Number of vectors beyond which good images would hardly score lower; 0 if unknown.
+        calibration: Images by which the variant judges itself.
+        false_alarm_rate: Share of good images that may be called anomalous, if it is not that of the bank.
+        by_hand: Threshold of the image score and of the anomaly map in place of those that follow from good images.
+        former: Both as they were in a file of a former version, and the mean score of its calibration then.
     """
 
     vectors: Array
     radii: Array
     cover_radii: Array
-    scale: float
+    origins: NDArray[np.int32]
+    stand_ins: Array
+    gains: Array
     merge_radius: float
     images: int
     prototype: Array
     spread: float
+    wanted: int = 0
     calibration: Calibration | None = None
-    prequential_scores: Array = field(default_factory=lambda: np.empty(0, np.float32))
-
-    def normal_score_bound(self) -> float:
-        """Score that a normal image may have: the largest of the later half of the prequential scores, 0 without any.
-
-        At first, every image lies far from the few before it, so the earlier half says nothing.
-        """
-        return float(self.prequential_scores[len(self.prequential_scores) // 2 :].max(initial=0))
+    false_alarm_rate: float | None = None
+    by_hand: tuple[float, float] | None = None
+    former: tuple[float, float, float] | None = None
 
 
 def rounded(vectors: Array, dtype: np.dtype) -> tuple[Array, Array]:
@@ -96,14 +97,6 @@ def describe(patches: Array) -> tuple[Array, float]:
     """Mean of patches of shape `(n, d)`, and their mean distance to it."""
     mean = patches.mean(axis=0, dtype=np.float64).astype(np.float32)
     return mean, float(np.linalg.norm(patches - mean, axis=1).mean())
-
-
-def scale_of(radii: Array, known: Variant | None) -> float:
-    """Scale of a variant with vectors of these falling radii, of which the first is infinite."""
-    picks = radii[1 : SCALE_PICKS + 1]
-    if known is not None and known.merge_radius > 0 and len(picks) < SCALE_PICKS:
-        return known.scale  # measured before it was cut too short to measure
-    return max(float(picks.mean()), 1e-6) if len(picks) else 1.0
 
 
 def charge(points: Array, cover_radii: Array, dropped: Array, dropped_cover_radii: Array) -> None:
@@ -122,7 +115,7 @@ def cover_radii_after_cut(points: Array, cover_radii: Array, radii: Array, keep:
 
 
 def cut(variant: Variant, keep: int) -> Variant:
-    """Keep the first `keep` vectors."""
+    """Keep the first `keep` vectors; `calibration` is then to be scored anew."""
     if keep >= len(variant.radii):
         return variant
     merge_radius = max(variant.merge_radius, float(variant.radii[keep]))
@@ -133,5 +126,8 @@ def cut(variant: Variant, keep: int) -> Variant:
         vectors=variant.vectors[:keep].copy(),
         radii=variant.radii[:keep].copy(),
         cover_radii=cover_radii_after_cut(vectors, variant.cover_radii, variant.radii, keep, merge_radius),
+        origins=variant.origins[:keep].copy(),
+        stand_ins=variant.stand_ins[:keep].copy(),
+        gains=variant.gains[:keep].copy(),
         merge_radius=merge_radius,
     )

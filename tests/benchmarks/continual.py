@@ -1,242 +1,174 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy of ContinualPatchCore on a stream of products, beside joint farthest-first over all patches at once.
+"""Streams of products: what ContinualPatchCore still knows at the end, beside selections that see all at once.
 
-Reads data sets in MVTec AD's layout and prints Markdown tables:
+    python tests/benchmarks/continual.py --root datasets --products '[bottle, pill]' --results streams.csv
 
-    python tests/benchmarks/continual.py --root datasets --products '[bottle, pill]'
+writes image AUROC of every product after every step, and prints tables of it. Joint farthest-first selects the same
+number of vectors from all patches of all products at once; *own* is a bank of the same size for one product alone.
 """
 
-import resource
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
-from anomalib.data import MVTecAD
+import pandas as pd
 from anomalib.models import ContinualPatchCore
 from jsonargparse import auto_cli
-from numpy.typing import NDArray
-from sklearn.metrics import f1_score, roc_auc_score
-from torchvision.transforms.v2.functional import resize
+from products import Product, flat, scores, write
+from sklearn.metrics import roc_auc_score
 
-from openvino_export.memory.k_center import farthest_first, nearest
+from anomalib_ext.metrics import task_matrix
+from openvino_export.memory.k_center import farthest_first
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import calibration_patches, thresholds
-from openvino_export.memory.update import FEW_IMAGES, Update
+from openvino_export.memory.update import Update
 
-Patches = NDArray[np.float32]
-
-
-class Product:
-    """Embeddings of one product: training images, and test images with labels and a half for validation."""
-
-    def __init__(self, model: ContinualPatchCore, root: Path, name: str) -> None:
-        self.name = name
-        data = MVTecAD(root, category=name, num_workers=0, val_split_mode="none")
-        data.setup()
-        self.images = [resize(item.image, [256, 256]) for item in data.train_data]
-        self.train = self._embed(model, self.images)
-        self.test = self._embed(model, [item.image for item in data.test_data])
-        self.labels = np.array([bool(item.gt_label) for item in data.test_data])
-        self.validation = np.zeros(len(self.labels), bool)
-        for label in (False, True):
-            members = np.flatnonzero(self.labels == label)
-            self.validation[np.random.default_rng(0).permutation(members)[: len(members) // 2]] = True
-
-    @staticmethod
-    @torch.inference_mode()
-    def _embed(model: ContinualPatchCore, images: list[torch.Tensor]) -> Patches:
-        batches = [
-            torch.stack([model.pre_processor(i[None])[0] for i in images[s : s + 16]])
-            for s in range(0, len(images), 16)
-        ]
-        return torch.cat([model.model.embed(batch).flatten(1, 2) for batch in batches]).numpy()
-
-    def distances(self, vectors: Patches) -> tuple[Patches, NDArray[np.int64]]:
-        """Distance of every test patch to the nearest vector, shape ``(images, patches)``, and its index."""
-        found = [nearest(patches, vectors) for patches in self.test]
-        return np.stack([f[0] for f in found]), np.stack([f[1] for f in found])
-
-    def auroc(self, vectors: Patches) -> float:
-        """Image AUROC."""
-        return float(roc_auc_score(self.labels, self.distances(vectors)[0].max(axis=1)))
-
-    def errors(self, bank: MemoryBank) -> str:
-        """Share of good images that are called anomalous, and of anomalous ones that are called good."""
-        decided = self.distances(bank.vectors())[0].max(axis=1) > thresholds(bank, self.name)["image"][0]
-        return f"{decided[~self.labels].mean():.2f} / {(~decided[self.labels]).mean():.2f}"
-
-    def calibrate(self, update: Update) -> None:
-        """Set the thresholds from the validation half, as a fit with validation images does."""
-        update.flush()
-        bank = update.bank
-        distances, _ = self.distances(bank.vectors())
-        kept = [
-            calibration_patches(bank, self.name, patches, scores)
-            for patches, scores in zip(self.test[self.validation], distances[self.validation], strict=True)
-        ]
-        update.calibrate(self.name, np.stack(kept), self.labels[self.validation])
-
-    def f1(self, bank: MemoryBank, limits: dict[str, float]) -> float:
-        """F1 on the half that set no threshold; every image is judged by the variant that it is routed to."""
-        distances, index = self.distances(bank.vectors())
-        names = list(bank.variants)
-        routed = [names[int(np.bincount(bank.owners()[i]).argmax())] for i in index]
-        decided = distances.max(axis=1) > [limits[name] for name in routed]
-        return float(f1_score(self.labels[~self.validation], decided[~self.validation]))
+COLUMNS = (
+    "learner",
+    "size",
+    "order",
+    "step",
+    "learned",
+    "product",
+    "auroc",
+    "vectors",
+    "wanted",
+    "mib",
+    "ms_per_image",
+)
 
 
-def _thresholds(bank: MemoryBank) -> dict[str, float]:
-    return {name: thresholds(bank, name)["image"][0] for name in bank.variants}
+def auroc(product: Product, vectors: np.ndarray) -> float:
+    """Image AUROC."""
+    return float(roc_auc_score(~product.is_good(), scores(product.test, vectors)))
 
 
-def _row(cells: list[str]) -> None:
-    print("| " + " | ".join(cells) + " |", flush=True)
+def learned(bank: MemoryBank, product: Product, seed: int) -> tuple[MemoryBank, float]:
+    """A bank that has learned a product as well, in a shuffled order, and the milliseconds of selection an image."""
+    update = Update(bank)
+    for i in np.random.default_rng(seed).permutation(len(product.train)):
+        update.add(product.train[i].astype(np.float32), product.name)
+    report = update.commit()
+    return update.bank, report.seconds / len(product.train) * 1000
 
 
-def _stream(products: dict[str, Product], order: list[str], size: int, seed: int) -> tuple[float, float]:
-    """Print the table of one stream; return the mean AUROC at the end and the forgetting measure."""
+def stream(products: list[Product], size: int, order: int) -> Iterator[dict]:
+    """Learn product after product; judge all that were learned after each."""
     bank = MemoryBank(size)
-    auroc: dict[str, list[float]] = defaultdict(list)
-    f1_before, frozen = {}, {}
-    _row(["after learning", *order, "radius bound", "MiB", "ms an image"])
-    _row(["---"] * (len(order) + 4))
-    for name in order:
-        images = products[name].train[np.random.default_rng(seed).permutation(len(products[name].train))]
-        update = Update(bank)
-        for image in images:
-            update.add(image, name)
-        products[name].calibrate(update)
-        report = update.commit()
-        bank = update.bank
-        for known in bank.variants:
-            auroc[known].append(products[known].auroc(bank.vectors()))
-        f1_before[name] = products[name].f1(bank, _thresholds(bank))
-        frozen[name] = _thresholds(bank)[name]
-        cells = [f"{auroc[known][-1]:.3f}" if known in bank.variants else "" for known in order]
-        milliseconds = report.seconds / len(images) * 1000
-        _row([name, *cells, f"{bank.radius_bound():.1f}", f"{bank.nbytes() / 2**20:.1f}", f"{milliseconds:.0f}"])
-    renewed = _thresholds(bank)
-    _row(["vectors", *(str(len(bank.variants[name].radii)) for name in order), "", "", ""])
-    _row(["F1 when learned", *(f"{f1_before[name]:.3f}" for name in order), "", "", ""])
-    _row(["F1 at the end", *(f"{products[name].f1(bank, renewed):.3f}" for name in order), "", "", ""])
-    _row(["F1, thresholds not renewed", *(f"{products[name].f1(bank, frozen):.3f}" for name in order), "", "", ""])
-    covered = [max(nearest(image, bank.vectors())[0].max() for image in products[name].train) for name in order]
-    _row(["coverage radius", *(f"{radius:.1f}" for radius in covered), "", "", ""])
-    mean = float(np.mean([values[-1] for values in auroc.values()]))
-    forgetting = float(np.mean([max(auroc[name][:-1]) - auroc[name][-1] for name in order[:-1]]))
-    print(f"\nmean image AUROC {mean:.4f}, forgetting measure {forgetting:.4f}\n", flush=True)
-    return mean, forgetting
+    for step, product in enumerate(products):
+        bank, milliseconds = learned(bank, product, order)
+        vectors = bank.vectors()
+        for known in products[: step + 1]:
+            variant = bank.variants[known.name]
+            yield {
+                "learner": "ours",
+                "size": size,
+                "order": order,
+                "step": step,
+                "learned": product.name,
+                "product": known.name,
+                "auroc": auroc(known, vectors),
+                "vectors": len(variant.radii),
+                "wanted": variant.wanted,
+                "mib": bank.nbytes() / 2**20,
+                "ms_per_image": milliseconds,
+            }
 
 
-def _few_shot(model: ContinualPatchCore, products: dict[str, Product], size: int) -> None:
-    """Print image AUROC from 1, 4 and 16 images, with augmented views and without, and errors without validation."""
-    errors = []
-    _row(["images, views", *products, "mean"])
-    _row(["---"] * (len(products) + 2))
-    for count in (1, 4, 16):
-        for few_shot_views in (False, True) if count <= FEW_IMAGES else (False,):
-            cells, decisions = [], []
-            for product in products.values():
-                model.model.bank = MemoryBank(size)
-                model.few_shot_views = few_shot_views
-                model.partial_fit(torch.stack(product.images[:count]), product.name)
-                cells.append(product.auroc(model.model.bank.vectors()))
-                decisions.append(product.errors(model.model.bank))
-            views = "with" if few_shot_views else "without"
-            _row([f"{count}, {views}", *(f"{cell:.3f}" for cell in cells), f"{np.mean(cells):.3f}"])
-            errors.append([f"{count}, {views}", *decisions])
-    print("\nGood images called anomalous / anomalous called good, thresholds without a validation set\n")
-    _row(["images, views", *products])
-    _row(["---"] * (len(products) + 1))
-    for row in errors:
-        _row(row)
+def joint(products: list[Product], sizes: list[int], order: int) -> Iterator[dict]:
+    """Farthest-first over all patches of all products; another start in each order."""
+    together = np.concatenate([flat(product.train) for product in products])
+    start = np.random.default_rng(order).integers(len(together))
+    together[[0, start]] = together[[start, 0]]
+    picks, _ = farthest_first(together, max(sizes))
+    for size in sizes:
+        for product in products:
+            row = {"learner": "joint", "size": size, "order": order, "product": product.name}
+            yield {**row, "auroc": auroc(product, together[picks[:size]])}
 
 
-def _unlabelled(products: dict[str, Product], size: int) -> None:
-    """Print which variants are found when no image has a label, and what the rule for it goes by."""
+def own(products: list[Product], sizes: list[int]) -> Iterator[dict]:
+    """A bank for each product alone."""
+    for product in products:
+        for size in sizes:
+            bank, _ = learned(MemoryBank(size), product, 0)
+            row = {"learner": "own", "size": size, "order": 0, "product": product.name}
+            yield {**row, "auroc": auroc(product, bank.vectors())}
+
+
+def unlabelled(products: list[Product], size: int) -> None:
+    """Print which variants are found when no image has a label."""
     bank = MemoryBank(size)
-    found: dict[str, Counter[str]] = {name: Counter() for name in products}
-    for name, product in products.items():
+    found: dict[str, Counter[str]] = {product.name: Counter() for product in products}
+    for product in products:
         update = Update(bank)
         for image in product.train:
-            variant = update.add(image)
-            assert variant is not None
-            found[name][variant] += 1
+            found[product.name][str(update.add(image.astype(np.float32)))] += 1
         update.commit()
         bank = update.bank
-    _row([
-        "product",
-        "images by variant found",
-        "own test images / spread, at most",
-        "other products / spread, at least",
-    ])
-    _row(["---"] * 4)
-    for name, product in products.items():
-        means = product.train.mean(axis=1)
-        prototype = means.mean(axis=0)
-        spread = np.mean([np.linalg.norm(image - prototype, axis=1).mean() for image in product.train])
-        own = np.linalg.norm(product.test[~product.labels].mean(axis=1) - prototype, axis=1).max() / spread
-        others = np.concatenate([other.train.mean(axis=1) for key, other in products.items() if key != name])
-        nearest_other = np.linalg.norm(others - prototype, axis=1).min() / spread
-        counts = ", ".join(f"{key}: {count}" for key, count in found[name].items())
-        _row([name, counts, f"{own:.2f}", f"{nearest_other:.2f}"])
+    for name, counts in found.items():
+        shown = ", ".join(f"{key}: {count}" for key, count in counts.items())
+        print(f"{name}: {shown}; image AUROC", end=" ")
+        print(f"{auroc(next(product for product in products if product.name == name), bank.vectors()):.3f}")
+
+
+def tables(results: Path) -> None:
+    """Print tables of what was written."""
+    rows = pd.read_csv(results)
+    for size, part in rows.groupby("size"):
+        ours = part[part.learner == "ours"]
+        last = ours[ours.step == ours.step.max()]
+        means = {"own": part[part.learner == "own"], "joint": part[part.learner == "joint"], "ours": last}
+        table = pd.DataFrame({name: each.groupby("product").auroc.mean() for name, each in means.items()})
+        table["loss"] = table.own - table.ours
+        table["vectors"] = last.groupby("product").vectors.mean().astype(int)
+        table["wanted"] = last.groupby("product").wanted.mean().astype(int)
+        means_of_all = table.mean().round(3).to_dict()
+        print(f"\n### {size} vectors\n\n{table.round(3).to_markdown()}\n\nmean: {means_of_all}\n")
+        for order, each in ours.groupby("order"):
+            names = list(dict.fromkeys(each.sort_values("step").learned))
+            entries = zip(each.step.astype(int), each["product"].map(names.index), each.auroc, strict=True)
+            matrix = task_matrix(entries)
+            forgotten = np.nanmax(matrix[:-1, :-1], axis=0) - matrix[-1, :-1]
+            references = part[(part.learner == "joint") & (part.order == order)].auroc.mean()
+            print(
+                f"order {order}: mean {np.mean(matrix[-1]):.4f}, joint {references:.4f}, forgetting measure "
+                f"{forgotten.mean():.4f}, largest of {names[int(forgotten.argmax())]} {forgotten.max():.3f}"
+            )
 
 
 def main(
     root: Path,
     products: list[str],
+    results: Path = Path("results/streams.csv"),
+    cache: Path = Path("results/features"),
     sizes: list[int] = [2000, 10_000],  # noqa: B006
     orders: int = 3,
-    few_shot: bool = True,
 ) -> None:
     """Run the benchmark.
 
     Args:
-        root: Folder of the products.
-        products: Names of the products, in the order of the first stream.
+        root: Folder of the products, in MVTec AD's layout.
+        products: Names of the products, in the order of the first stream; then reversed, then shuffled.
+        results: File that is written.
+        cache: Folder in which the embeddings of images are kept.
         sizes: Sizes of the memory bank.
-        orders: Number of streams: the products as they are given, in reverse, and shuffled.
-        few_shot: Whether to learn each product from 1, 4 and 16 images too.
+        orders: Number of streams.
     """
-    model = ContinualPatchCore().eval()
-    loaded = {name: Product(model, root, name) for name in products}
-    counts = [sum(len(getattr(product, part)) for product in loaded.values()) for part in ("train", "test")]
-    print(f"{counts[0]} training images, {counts[1]} test images")
-    if few_shot:
-        print(f"\n### Few images, {sizes[-1]} vectors\n")
-        _few_shot(model, loaded, sizes[-1])
-    print(f"\n### Without labels, {sizes[-1]} vectors\n")
-    _unlabelled(loaded, sizes[-1])
-    together = np.concatenate([product.train.reshape(-1, product.train.shape[-1]) for product in loaded.values()])
-    shuffled = [[str(name) for name in np.random.default_rng(seed).permutation(products)] for seed in range(orders)]
-    streams = [products, products[::-1], *shuffled][:orders]
-    joint = []
-    for seed in range(orders):  # the start of farthest-first is arbitrary, so several
-        start = np.random.default_rng(seed).integers(len(together))
-        together[[0, start]] = together[[start, 0]]
-        picks, _ = farthest_first(together, max(sizes))
-        joint.append({size: [p.auroc(together[picks[:size]]) for p in loaded.values()] for size in sizes})
-    summary = []
-    for size in sizes:
-        figures = []
-        for number, order in enumerate(streams):
-            print(f"\n### {size} vectors, order {number + 1}: {', '.join(order)}\n")
-            mean, forgetting = _stream(loaded, order, size, seed=number)
-            reference = float(np.mean(joint[number][size]))
-            figures.append([mean, reference, mean - reference, forgetting])
-            summary.append([f"{size}", f"{number + 1}", *(f"{figure:.4f}" for figure in figures[-1])])
-        summary.append([f"{size}", "mean", *(f"{figure:.4f}" for figure in np.mean(figures, axis=0))])
-        if orders > 1:
-            deviations = np.std(figures, axis=0, ddof=1)
-            summary.append([f"{size}", "standard deviation", *(f"{figure:.4f}" for figure in deviations)])
-    print("\n### Summary\n")
-    _row(["vectors", "order", "mean image AUROC", "joint farthest-first", "difference", "forgetting"])
-    _row(["---"] * 6)
-    for row in summary:
-        _row(row)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\npeak resident memory, embeddings of all images included: {peak:.2f} GiB")
+    model = ContinualPatchCore(evaluator=False, visualizer=False).eval()
+    loaded = [Product(root, name, model, cache) for name in products]
+    shuffled = [[loaded[i] for i in np.random.default_rng(seed).permutation(len(loaded))] for seed in range(orders)]
+    streams = [loaded, loaded[::-1], *shuffled][:orders]
+    parts = [
+        *(stream(sequence, size, order) for order, sequence in enumerate(streams) for size in sizes),
+        own(loaded, sizes),
+        *(joint(loaded, sizes, order) for order in range(orders)),
+    ]
+    write(results, COLUMNS, chain.from_iterable(parts))
+    tables(results)
+    print("\n### Without labels\n")
+    unlabelled(loaded, sizes[-1])
 
 
 if __name__ == "__main__":

@@ -116,9 +116,8 @@ def compare_latency(folder: Path, images: list[Path], rounds: int) -> None:
 def compare_learning(folder: Path, all_images: list[Path]) -> None:
     """Print the time of learning images of a new variant and of predicting them, and the peak memory."""
     from openvino_export import EdgeDetector
-    from openvino_export.memory.update import FEW_IMAGES
 
-    for images, how in ((all_images, "as they are"), (all_images[:FEW_IMAGES], "with views")):
+    for images in (all_images, all_images[:4], all_images[:1]):
         with TemporaryDirectory() as temporary:
             bundle = Path(shutil.copytree(folder / "ours" / "weights" / "openvino", Path(temporary) / "bundle"))
             detector = EdgeDetector(bundle)
@@ -134,7 +133,7 @@ def compare_learning(folder: Path, all_images: list[Path]) -> None:
             saved = time.perf_counter() - start
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             print(
-                f"{len(images)} images, {how}: predicted in {predicted:.2f} s, "
+                f"{len(images)} images: predicted in {predicted:.2f} s, "
                 f"learned in {learned:.2f} s ({learned / predicted:.1f}), saved in {saved:.2f} s; "
                 f"peak memory {peak:.0f} MB",
                 flush=True,

@@ -9,6 +9,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,10 +20,13 @@ from torch.func import functional_call
 from anomalib_ext.models.continual_patchcore.graph import Head
 from anomalib_ext.models.continual_patchcore.post_processor import VariantPostProcessor
 from anomalib_ext.models.continual_patchcore.torch_model import ContinualPatchCoreModel
+from openvino_export.bundle.constants import threshold_tables
 from openvino_export.decision import Decider, Prediction, normalize
+from openvino_export.memory.leave_one_out import CALIBRATION_PATCHES
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import CALIBRATION_PATCHES
+from openvino_export.memory.thresholds import thresholds
 from openvino_export.memory.update import Update
+from openvino_export.memory.variant import Calibration
 
 Array = NDArray[np.float32]
 
@@ -38,38 +42,51 @@ def around(variant: str, seed: int, count: int, spread: float = 1.0) -> Array:
 
 
 def learned(
-    images: int, dtype: str = "float32", size: int = 60, variants: str = "abc", *, shared: bool = False
+    images: int,
+    dtype: str = "float32",
+    size: int = 60,
+    variants: str = "abc",
+    *,
+    patches: int = 30,
+    shared: bool = False,
 ) -> MemoryBank:
     """A bank of some images of each variant, or of images that are alike in part."""
     update = Update(MemoryBank(size, dtype))
     for name in variants:
         for seed in range(images):
-            update.add(np.concatenate([around(name, seed, 30), *([around("s", 0, 9, 9)] if shared else [])]), name)
+            update.add(np.concatenate([around(name, seed, patches), *([around("s", 0, 9, 9)] if shared else [])]), name)
     update.commit()
     return update.bank
 
 
-def calibrated(bank: MemoryBank, names: str, *, equal: bool = False) -> MemoryBank:
-    """The bank with thresholds of some variants: of scores that differ, or that are all zero."""
+def validated(bank: MemoryBank, names: str, *, equal: bool = False) -> MemoryBank:
+    """The bank with validation images of some variants: of scores that differ, or that are all zero."""
     update = Update(bank)
     for name in names:
         seen = bank.variants[name].vectors[:1].astype(np.float32)
         patches = np.stack([around(name, seed, CALIBRATION_PATCHES, 1 + seed / 4) for seed in range(6)])
-        patches = np.broadcast_to(seen, patches.shape) if equal else patches
-        labels = np.arange(6) >= (6 if equal else 4)
-        update.calibrate(name, patches, labels, (0.0, 0.0, 0.0) if equal else (5.0, 1.0, 9.0))
+        images = Calibration(
+            patches=np.broadcast_to(seen, patches.shape) if equal else patches,
+            origins=np.full(6, -1, np.int32),
+            labels=np.arange(6) >= (6 if equal else 4),
+            factors=np.tile(np.array([1, 0.8], np.float32), (6, 1)),
+            scores=np.zeros(6, np.float32),
+        )
+        update.validate(name, images)
     return update.bank
 
 
 BANKS: dict[str, Callable[[], MemoryBank]] = {
-    "calibrated": lambda: calibrated(learned(2), "abc"),
-    "calibrated in part": lambda: calibrated(learned(1), "b"),
-    "bounded by normal scores": lambda: learned(3),
-    "without thresholds": lambda: learned(1),
-    "minimum is maximum": lambda: calibrated(learned(2), "abc", equal=True),
-    "half precision": lambda: calibrated(learned(2, "float16"), "abc"),
-    "what two variants share": lambda: calibrated(learned(2, shared=True), "abc"),
-    "one vector": lambda: calibrated(learned(1, size=1, variants="a"), "a"),
+    "validated": lambda: validated(learned(2), "abc"),
+    "validated in part, by hand in part": lambda: validated(learned(1), "b").with_decision("a", threshold=6.0),
+    "learned images": lambda: learned(9),
+    "another rate": lambda: learned(9).with_decision(false_alarm_rate=0.3),
+    "single images": lambda: learned(1),
+    "without thresholds": lambda: learned(1, patches=1),
+    "scores of zero": lambda: validated(learned(1), "abc", equal=True),
+    "half precision": lambda: validated(learned(2, "float16"), "abc"),
+    "what two variants share": lambda: validated(learned(2, shared=True), "abc"),
+    "one vector": lambda: validated(learned(1, size=1, variants="a"), "a"),
 }
 
 
@@ -101,6 +118,29 @@ def model() -> ContinualPatchCoreModel:
     return ContinualPatchCoreModel("test_resnet", ["layer1"], pre_trained=False).eval()
 
 
+class _ByRange(PostProcessor):
+    """The post-processor of bundles of before, which normalised by threshold, minimum and maximum of a variant."""
+
+    def refresh(self, bank: MemoryBank) -> None:
+        """Take the thresholds of all variants from the bank."""
+        for kind, table in threshold_tables(bank, len(bank.variants), by_range=True).items():
+            self.register_buffer(kind, torch.from_numpy(table), persistent=False)
+
+    def forward(self, predictions: Any) -> InferenceBatch:  # noqa: ANN401
+        """Normalise scores and maps and decide."""
+        found: dict[str, torch.Tensor | None] = {}
+        for kind, name, decision in (("image", "pred_score", "pred_label"), ("pixel", "anomaly_map", "pred_mask")):
+            values = getattr(predictions, name)
+            shape = (-1,) + (1,) * (values.ndim - 1)
+            rows = self.get_buffer(f"{kind}_values")[predictions.variant]
+            threshold, lowest, highest = (value.reshape(shape) for value in rows.unbind(dim=-1))
+            if self.enable_normalization:
+                values = self._normalize(values, lowest, highest, threshold)
+                threshold = getattr(self, f"normalized_{kind}_threshold")
+            found |= {name: values, decision: values > threshold if self.enable_thresholding else None}
+        return InferenceBatch(**found)
+
+
 def metadata_of(processor: PostProcessor | None, num_neighbors: int) -> dict[str, Any]:
     """What the metadata of a bundle say of the decision."""
     last = {
@@ -116,14 +156,15 @@ def metadata_of(processor: PostProcessor | None, num_neighbors: int) -> dict[str
         "thresholding": bool(processor and processor.enable_thresholding),
         "image_sensitivity": processor.image_sensitivity if processor else 0.5,
         "pixel_sensitivity": processor.pixel_sensitivity if processor else 0.5,
-        "variant_thresholds": isinstance(processor, VariantPostProcessor),
+        "variant_thresholds": isinstance(processor, (VariantPostProcessor, _ByRange)),
+        **({"score": "rate"} if isinstance(processor, VariantPostProcessor) else {}),
     }
 
 
 def assert_same(decided: list[Prediction], graph: dict[str, Array], metadata: dict[str, Any]) -> None:
     """Compare decisions with what a graph says of the batch; only what lies at a threshold may differ."""
     for i, one in enumerate(decided):
-        assert one.pred_score == pytest.approx(graph["pred_score"][i], abs=2e-4)
+        assert one.pred_score == pytest.approx(graph["pred_score"][i], abs=2e-4, nan_ok=True)
         np.testing.assert_allclose(one.anomaly_map, graph["anomaly_map"][i, 0], atol=2e-4)
         if not metadata["thresholding"]:
             assert one.pred_label is one.pred_mask is None
@@ -162,7 +203,11 @@ def in_openvino(head: Head, embedding: torch.Tensor, names: list[str], key: obje
         graph = ov.convert_model(torch.export.export(module, inputs))
         GRAPHS[key] = ov.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     values = GRAPHS[key]([value.numpy() for value in inputs]).values()
-    return dict(zip(names, values, strict=True))
+    # A score without a threshold is NaN in torch; OpenVINO makes it the lowest that there is.
+    return {
+        name: np.where(np.isneginf(value), np.nan, value) if value.dtype == np.float32 else value
+        for name, value in zip(names, values, strict=True)
+    }
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -181,18 +226,19 @@ def test_arrays_and_graph_decide_alike(
     last: bool,
     size: tuple[int, int],
 ) -> None:
-    """Whatever is known of thresholds, with the post-processor by variant, Anomalib's own, and none."""
+    """Whatever is known of thresholds, with post-processors by variant, of now and before, Anomalib's own, and none."""
     bank = bank_of(kind)
     model.bank, model.num_neighbors = bank, num_neighbors
-    model.bank = bank
     model.refresh()
     options = {"enable_normalization": normalization, "enable_thresholding": thresholding}
     by_variant = VariantPostProcessor(image_sensitivity=0.3, pixel_sensitivity=0.8, **options)
+    by_range = _ByRange(image_sensitivity=0.7, pixel_sensitivity=0.4, **options)
     by_variant.refresh(bank)
+    by_range.refresh(bank)
     images = embeddings(bank)
     embedding = torch.from_numpy(images)
     variants = model.score(embedding, *model.search(embedding), torch.Size(size)).variant
-    processors = (by_variant, PostProcessor(image_sensitivity=0.6, **options), None)
+    processors = (by_variant, by_range, PostProcessor(image_sensitivity=0.6, **options), None)
     for processor in processors:
         if last and processor is not None:
             for name, value in LAST_VALUES.items():
@@ -201,8 +247,8 @@ def test_arrays_and_graph_decide_alike(
         decider = Decider(bank, metadata)
         decided = [decider.decide(image, size) for image in images]
         if processor is by_variant:
-            expected, *_ = by_variant._values("image", torch.arange(len(decider.names)))
-            np.testing.assert_allclose(decider.ranges["image"][:, 0], expected)
+            for name in ("image", "pixel"):
+                np.testing.assert_array_equal(decider.ranges[name], by_variant.get_buffer(f"{name}_values"))
         head = Head(model, processor, torch.Size(size))
         outputs = head(embedding)
         assert [decider.names.index(one.variant) for one in decided] == variants.tolist()
@@ -212,6 +258,32 @@ def test_arrays_and_graph_decide_alike(
         key = num_neighbors, normalization, bank.dtype.name
         if processor is by_variant and thresholding and key in converted and len(bank) > 1:
             assert_same(decided, in_openvino(head, embedding, [*outputs], key), metadata)
+
+
+@pytest.mark.parametrize("kind", BANKS)
+def test_what_decides_and_whether_it_is_sure(kind: str) -> None:
+    """The thresholds of the bank, in the form that each kind of bundle has, and the images that they rest on."""
+    bank = bank_of(kind)
+    by_rate = Decider(bank, {"score": "rate", "normalization": True, "thresholding": True})
+    by_range = Decider(bank, {"normalization": True, "thresholding": True})
+    for position, name in enumerate(bank.variants):
+        decided = thresholds(bank, name)
+        for which, threshold in (("image", decided.image), ("pixel", decided.pixel)):
+            value = threshold.value
+            np.testing.assert_allclose(by_rate.ranges[which][position], [value, threshold.steepness], rtol=1e-6)
+            np.testing.assert_allclose(by_range.ranges[which][position], [value, 0, 2 * value], rtol=1e-6)
+        embedding = around(name, 91, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH, DIMENSION)
+        predictions = [decider.decide(embedding, (20, 30)) for decider in (by_rate, by_range)]
+        assert {each.is_sure for each in predictions} == {decided.is_sure()}
+        assert {each.variant for each in predictions} == {name}
+        if kind == "without thresholds":
+            assert predictions[0].pred_label is False
+            continue
+        # Both forms mean the same by 0.5.
+        assert predictions[0].pred_label == predictions[1].pred_label
+        assert (predictions[0].pred_mask == predictions[1].pred_mask).mean() > 1 - 2e-3
+    expected = {"learned images": {True}, "validated in part, by hand in part": {True, False}, "validated": {False}}
+    assert set(by_rate.are_sure) == expected.get(kind, set(by_rate.are_sure))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)

@@ -80,8 +80,8 @@ def test_a_plain_fit_logs_the_memory(make_data: Make, make_model: Make, make_eng
     found = scalars(events(tmp_path / "logs" / "fit" / "version_0"))
     assert [value for _, value in found["memory/share/stripes"]] == [1]
     bank = model.model.bank
-    assert found["memory/image_threshold/stripes"][0][1] == pytest.approx(thresholds(bank, "stripes")["image"][0])
-    assert found["memory/pixel_threshold/stripes"][0][1] == pytest.approx(thresholds(bank, "stripes")["pixel"][0])
+    assert found["memory/image_threshold/stripes"][0][1] == pytest.approx(thresholds(bank, "stripes").image.value)
+    assert found["memory/pixel_threshold/stripes"][0][1] == pytest.approx(thresholds(bank, "stripes").pixel.value)
 
 
 @pytest.fixture(scope="session")

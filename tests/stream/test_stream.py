@@ -77,8 +77,8 @@ def test_tables_agree_with_the_model_and_with_each_other(finished: Any) -> None:
     assert last["memory/radius_bound"] == pytest.approx(bank.radius_bound())
     for name, variant in bank.variants.items():
         assert last[f"memory/share/{name}"] == pytest.approx(len(variant.radii) / 400)
-        assert last[f"memory/image_threshold/{name}"] == pytest.approx(thresholds(bank, name)["image"][0])
-        assert last[f"memory/pixel_threshold/{name}"] == pytest.approx(thresholds(bank, name)["pixel"][0])
+        assert last[f"memory/image_threshold/{name}"] == pytest.approx(thresholds(bank, name).image.value)
+        assert last[f"memory/pixel_threshold/{name}"] == pytest.approx(thresholds(bank, name).pixel.value)
         assert last[f"{name}/image_AUROC"] == next(
             float(row["image_AUROC"]) for row in results if (row["step"], row["variant"]) == ("2", name)
         )

@@ -52,7 +52,6 @@ def bundle_content(
     model: ContinualPatchCoreModel,
     pre_processor: nn.Module | None,
     post_processor: nn.Module | None,
-    few_shot_views: bool,
     size: tuple[int, int],
 ) -> BundleContent:
     """What a model brings to its bundle, for images of a height and width."""
@@ -78,9 +77,9 @@ def bundle_content(
             "backbone": model.backbone,
             "layers": model.layers,
             "num_neighbors": model.num_neighbors,
-            "one_shot": few_shot_views,  # the name that bundles have it under since the first
             "variants": list(model.bank.variants),
             "variant_capacity": capacity,
             "variant_thresholds": by_variant,
+            "score": "rate" if by_variant else "range",  # how it is normalised
         },
     )

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 
 from openvino_export.decision import check_finite
-from openvino_export.images import check_values, load
+from openvino_export.images import check_values, image_hash, load
 from openvino_export.memory.guard import hold_back
 from openvino_export.memory.update import Update
 
@@ -78,11 +78,13 @@ def add_images(
     for name, item in images:  # one by one, for they may be many and differ in size
         image = item if isinstance(item, torch.Tensor) else torch.from_numpy(load(item))
         prepared = prepare(image[None].to(device)).detach().float().cpu().numpy()
-        patches = None
+        value = image_hash(prepared[0])
+        if update.knows(value):
+            continue
+        embedding = model.embed_arrays(prepared)[0]
         if limits is not None:
-            embedding = model.embed_arrays(prepared)
-            patches = embedding.reshape(1, -1, embedding.shape[-1])
+            patches = embedding.reshape(-1, embedding.shape[-1])
             check_finite(patches, name)
-            if hold_back(update.report, name, patches[0], variant, model.bank, limits):
+            if hold_back(update.report, name, patches, variant, model.bank, limits):
                 continue
-        update.add(prepared, variant, patches=patches)
+        update.add(embedding, variant, image_hash=value, map_size=prepared.shape[2:])

@@ -2,12 +2,11 @@
 """ContinualPatchCore in a trainer: learning, calibration, checkpoints and reports.
 
 PatchCore (arXiv 2106.08265) that goes on learning, after arXiv 2512.13497, of which the abstract and summaries were
-available; the update rule, the thresholds by variant and the views of few images are ours. See the README beside this
+available; the update rule, the shares of the budget and the thresholds by variant are ours. See the README beside this
 file.
 """
 
 import logging
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from anomalib_ext.export import BundleContent
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.checks import check_files
 from anomalib_ext.models.components.patchcore import PatchCoreModule
+from openvino_export.images import image_hash
 from openvino_export.memory.report import Report
 from openvino_export.memory.thresholds import image_thresholds
 
@@ -59,8 +59,8 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
             loaded brings its own, and its own precision.
         num_neighbors: Neighbors that weigh the image score. With the default of 1 the score is the largest patch
             distance, which no later learning can raise by more than the radius bound; weighing breaks that promise.
-        few_shot_views: Whether a variant of at most 4 images is learned with augmented views of them. Images without a
-            name are counted by call.
+        false_alarm_rate: Share of good images that may be called anomalous. By default 0.02, or that of a checkpoint
+            that is loaded.
         variant: Name of the variant that is learned. By default it is the category or the name of the datamodule,
             with ``MultiCategory`` the category of each image, and found from the images where there is none.
             ``load_from_checkpoint`` brings back the one that was given.
@@ -69,10 +69,11 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one.
         visualizer: Visualizer, or whether to use the default one.
+        few_shot_views: Without effect; augmented views of few images are no longer learned.
         one_shot: Former name of `few_shot_views`.
 
     Raises:
-        ValueError: If the backbone or a layer is unknown, or a size is not positive.
+        ValueError: If the backbone or a layer is unknown, a size is not positive, or the rate is out of range.
         FileNotFoundError: If the weights are nowhere to be found.
 
     Example:
@@ -94,18 +95,17 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         backbone_weights: str | Path | None = None,
         memory_size: int = 10_000,
         num_neighbors: int = 1,
-        few_shot_views: bool = True,
+        false_alarm_rate: float | None = None,
         variant: str | None = None,
         precision: str = "float32",
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
+        few_shot_views: bool | None = None,
         one_shot: bool | None = None,
     ) -> None:
-        if one_shot is not None:
-            warnings.warn("one_shot is now few_shot_views; use that name.", FutureWarning, stacklevel=2)
-            few_shot_views = one_shot
+        _warn_of_former(few_shot_views, one_shot)
         if precision not in {"float32", "float16"}:
             msg = f"precision must be 'float32' or 'float16', got {precision!r}."
             raise ValueError(msg)
@@ -117,6 +117,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
             memory_size=memory_size,
             num_neighbors=num_neighbors,
             precision=precision,
+            false_alarm_rate=false_alarm_rate,
         )
         super().__init__(
             # Only here is the backbone, and with it the normalisation, known.
@@ -126,7 +127,6 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
             visualizer=visualizer,
         )
         self.model = model
-        self.few_shot_views = few_shot_views
         self.variant = variant
         self.last_report: Report | None = None
         self._validated = ValidatedImages()
@@ -158,7 +158,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
 
     def bundle_content(self, size: tuple[int, int]) -> BundleContent:
         """What the model brings to its bundle, for images of a height and width."""
-        return bundle_content(self.model, self.pre_processor, self.post_processor, self.few_shot_views, size)
+        return bundle_content(self.model, self.pre_processor, self.post_processor, size)
 
     # Learning
 
@@ -187,14 +187,14 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         if self._is_fitting:
             msg = "A trainer is fitting this model. Call partial_fit when the fit has ended."
             raise RuntimeError(msg)
-        named, last = named_images(images), float(getattr(self.post_processor, "image_threshold", math.nan))
+        named = named_images(images)
         was_training = self.training
         self.eval()
         try:
             # As a trainer; the pre-processor's own call is for exported models, and resizes less smoothly.
             prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
-            update = self.model.begin_update(self.few_shot_views)
-            limits = image_thresholds(self.model.bank, last) if hold_back else None
+            update = self.model.begin_update()
+            limits = image_thresholds(self.model.bank) if hold_back else None
             add_images(update, self.model, named, prepare, self.variant if variant is None else variant, limits)
             report = self._commit()
         except BaseException:
@@ -210,15 +210,19 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
 
     def on_train_epoch_start(self) -> None:
         """Begin to learn."""
-        self.model.begin_update(self.few_shot_views)
+        self.model.begin_update()
 
     def learn_batch(self, batch: ImageBatch) -> None:
         """Learn a batch of normal images."""
         assert batch.image is not None
         assert self.model.update is not None
-        labels, images = self._labels(batch), batch.image.detach().float().cpu().numpy()
-        for label in dict.fromkeys(labels):
-            self.model.update.add(images[[other == label for other in labels]], label)
+        update, labels = self.model.update, self._labels(batch)
+        images = batch.image.detach().float().cpu().numpy()
+        new = [(i, value) for i, value in enumerate(map(image_hash, images)) if not update.knows(value)]
+        if new:
+            embeddings = self.model.embed_arrays(images[[i for i, _ in new]])
+            for (i, value), embedding in zip(new, embeddings, strict=True):
+                update.add(embedding, labels[i], image_hash=value, map_size=images.shape[2:])
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""
@@ -240,7 +244,16 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         self._refresh()  # what fails until here is undone by dropping the update
         self.model.end_update()
         logger.info("%s", report)
+        for sentence in report.advice:
+            logger.warning(sentence)
         return report
+
+    def set_decision(
+        self, variant: str | None = None, *, false_alarm_rate: float | None = None, threshold: float | None = None
+    ) -> None:
+        """Decide by another false-alarm rate, or a threshold set by hand; as :meth:`EdgeDetector.set_decision`."""
+        self.model.set_decision(variant, false_alarm_rate, threshold)
+        self._refresh()
 
     def _drop_update(self) -> None:
         """Forget an update that is under way."""
@@ -259,11 +272,8 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
 
     def on_validation_epoch_end(self) -> None:
         """Keep what sets the thresholds of the variants that were validated."""
-        pixel, last = (float("nan"),) * 3, self.post_processor
-        if isinstance(last, VariantPostProcessor):
-            pixel = (float(last.pixel_threshold), float(last.pixel_min), float(last.pixel_max))
-        for name, patches, labels in self._validated:
-            self.model.calibrate(name, patches, labels, pixel)
+        for name, images in self._validated:
+            self.model.validate(name, images)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -277,22 +287,22 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
     def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
         """Score a batch and keep what calibrates the thresholds."""
         del args, kwargs
-        embedding, scores = self._search_and_score(batch)
+        embedding = self._search_and_score(batch)
         if batch.gt_label is None:
             return batch
         bank = self.model.searched
         found = [list(bank.variants)[i] for i in cast("Any", batch).variant.tolist()]
         variants = [label or other for label, other in zip(self._labels(batch), found, strict=True)]
-        patches = embedding.flatten(1, 2).cpu().numpy()
-        self._validated.add(bank, variants, batch.gt_label.tolist(), patches, scores.cpu().numpy())
+        size = cast("torch.Tensor", batch.image).shape[-2:]
+        self._validated.add(bank, variants, batch.gt_label.tolist(), embedding.cpu().numpy(), (size[0], size[1]))
         return batch
 
     def _score(self, batch: Batch) -> Batch:
         self._search_and_score(batch)
         return batch
 
-    def _search_and_score(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write what the model says into the batch, and return the patch embeddings and their scores."""
+    def _search_and_score(self, batch: Batch) -> torch.Tensor:
+        """Write what the model says into the batch, and return the patch embeddings."""
         check_files(getattr(batch, "image_path", None))
         images = cast("torch.Tensor", batch.image)
         embedding = self.model.embed(images)
@@ -300,7 +310,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         predictions = self.model.score(embedding, scores, locations, images.shape[-2:])
         batch.update(**predictions._asdict())
         setattr(batch, "variant", predictions.variant)  # noqa: B010  # for the post-processor; no field of Anomalib's
-        return embedding, scores
+        return embedding
 
     # Checkpoints
 
@@ -310,7 +320,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         Raises:
             ValueError: If the checkpoint is of another model.
         """
-        self._read_bank(checkpoint["state_dict"])  # before anything of it is taken over
+        _check(self.model, checkpoint["state_dict"])  # before anything of it is taken over
         super().on_load_checkpoint(checkpoint)
         if self._is_fitting:
             # Or the trainer believes that the epoch is over, and its callbacks that the best is saved already.
@@ -322,7 +332,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         before = [(tensor, tensor.clone()) for tensor in (*self.parameters(), *self.buffers())]
         model = self.model
         known = model.bank, model.update, model.interrupted
-        self._read_bank(state_dict)  # first, for differing shapes of the backbone would hide the reason
+        _check(model, state_dict)  # first, for differing shapes of the backbone would hide the reason
         try:
             result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         except BaseException:
@@ -334,15 +344,23 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         self._refresh()
         return result
 
-    def _read_bank(self, state_dict: Mapping[str, Any]) -> None:
-        if "model._extra_state" not in state_dict:
-            keys = list(state_dict)
-            msg = (
-                "The checkpoint is not of ContinualPatchCore: it holds no memory bank of variants. It has "
-                f"{len(keys)} tensors, such as {keys[:3]}. Load it with the model that it was made with."
-            )
-            raise ValueError(msg)
-        self.model.read_state(state_dict["model._extra_state"])
+
+def _check(model: ContinualPatchCoreModel, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state that is of another model or damaged."""
+    if "model._extra_state" not in state_dict:
+        keys = list(state_dict)
+        msg = (
+            "The checkpoint is not of ContinualPatchCore: it holds no memory bank of variants. It has "
+            f"{len(keys)} tensors, such as {keys[:3]}. Load it with the model that it was made with."
+        )
+        raise ValueError(msg)
+    model.read_state(state_dict["model._extra_state"])
+
+
+def _warn_of_former(few_shot_views: bool | None, one_shot: bool | None) -> None:
+    if few_shot_views is not None or one_shot is not None:
+        msg = "few_shot_views and one_shot have no effect any more; few images are learned as they are."
+        warnings.warn(msg, FutureWarning, stacklevel=3)
 
 
 class _DropUpdate(Callback):

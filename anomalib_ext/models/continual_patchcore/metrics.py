@@ -31,6 +31,8 @@ def memory_metrics(report: Report, bank: MemoryBank) -> dict[str, float]:
     }
     for name, variant in bank.variants.items():
         values[f"share/{name}"] = len(variant.radii) / report.num_vectors
-        for kind, (threshold, _, _) in thresholds(bank, name).items():
-            values[f"{kind}_threshold/{name}"] = threshold
+        decided = thresholds(bank, name)
+        values[f"image_threshold/{name}"] = decided.image.value
+        values[f"pixel_threshold/{name}"] = decided.pixel.value
+        values[f"good_images/{name}"] = decided.images
     return {f"memory/{name}": float(value) for name, value in values.items() if not math.isnan(value)}

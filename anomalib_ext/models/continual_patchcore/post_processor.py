@@ -14,9 +14,10 @@ from .torch_model import ContinualInferenceBatch
 
 
 class VariantPostProcessor(PostProcessor):
-    """Anomalib's post-processor, with threshold, minimum and maximum taken from each image's variant.
+    """Anomalib's post-processor, with the threshold of each image's variant, and scores that mean the same for all.
 
-    Values that a variant lacks are those of the last validation, as in Anomalib.
+    The thresholds follow from good images at a false-alarm rate, see ``openvino_export/memory/thresholds.py``; those
+    that Anomalib's validation finds are not used.
     """
 
     image_values: torch.Tensor
@@ -24,20 +25,14 @@ class VariantPostProcessor(PostProcessor):
 
     def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(**kwargs)
-        # Derived from the memory bank, so not part of the state; rows: threshold, minimum, maximum.
-        self.register_buffer("image_values", torch.empty(0, 3), persistent=False)
-        self.register_buffer("pixel_values", torch.empty(0, 3), persistent=False)
+        # Derived from the memory bank, so not part of the state; rows: threshold and steepness.
+        self.register_buffer("image_values", torch.empty(0, 2), persistent=False)
+        self.register_buffer("pixel_values", torch.empty(0, 2), persistent=False)
 
     def refresh(self, bank: MemoryBank) -> None:
         """Take the thresholds of all variants from the bank."""
         for name, table in threshold_tables(bank, len(bank.variants)).items():
             setattr(self, name, torch.from_numpy(table).to(self.image_min.device))
-
-    def _values(self, kind: str, variant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Threshold, minimum and maximum, each of shape ``(B,)``."""
-        last = torch.stack([getattr(self, f"{kind}_{name}") for name in ("threshold", "min", "max")])
-        rows = getattr(self, f"{kind}_values")[variant]
-        return torch.where(torch.isnan(rows), last, rows).unbind(dim=-1)
 
     def forward(self, predictions: ContinualInferenceBatch) -> InferenceBatch:  # type: ignore[override]
         """Normalise scores and maps and decide; shapes as in :class:`ContinualInferenceBatch`."""
@@ -62,10 +57,13 @@ class VariantPostProcessor(PostProcessor):
         variant: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (-1,) + (1,) * (values.ndim - 1)
-        threshold, lowest, highest = (value.reshape(shape) for value in self._values(kind, variant))
+        rows = getattr(self, f"{kind}_values")[variant]
+        threshold, steepness = (value.reshape(shape) for value in rows.unbind(dim=-1))
         decided: torch.Tensor | None = None
         if self.enable_normalization:
-            values = self._normalize(values, lowest, highest, threshold)
+            steps = (values / threshold).log()  # as `normalized` in openvino_export/memory/thresholds.py
+            side = 0.5 * (-steepness * steps.abs()).exp()
+            values = torch.where(steps > 0, 1 - side, side)
             threshold = getattr(self, f"normalized_{kind}_threshold")
         if self.enable_thresholding:
             # Without a threshold nothing is anomalous; to OpenVINO, any value is larger than NaN.

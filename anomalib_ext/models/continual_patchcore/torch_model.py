@@ -17,8 +17,9 @@ from anomalib_ext.models.components.backbone import load_backbone
 from openvino_export.bundle.constants import bank_tables
 from openvino_export.memory import state
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import calibrated
-from openvino_export.memory.update import Update
+from openvino_export.memory.thresholds import FALSE_ALARM_RATE
+from openvino_export.memory.update import Update, validated
+from openvino_export.memory.variant import Calibration
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
@@ -47,6 +48,7 @@ class ContinualPatchCoreModel(nn.Module):
         memory_size: Largest number of vectors in the memory bank.
         num_neighbors: Neighbors that weigh the image score; 1 takes the largest patch distance as it is.
         precision: ``float32`` or ``float16``, in which the bank is kept.
+        false_alarm_rate: Share of good images that may be called anomalous; without it that of a state that is loaded.
 
     Attributes:
         bank: What was learned; all other state is derived from it.
@@ -70,12 +72,15 @@ class ContinualPatchCoreModel(nn.Module):
         memory_size: int = 10_000,
         num_neighbors: int = 1,
         precision: str = "float32",
+        false_alarm_rate: float | None = None,
     ) -> None:
         super().__init__()
         if num_neighbors < 1:
             msg = f"num_neighbors must be at least 1, got {num_neighbors}."
             raise ValueError(msg)
-        self.bank = MemoryBank(memory_size, precision)
+        self.false_alarm_rate = false_alarm_rate
+        rate = FALSE_ALARM_RATE if false_alarm_rate is None else false_alarm_rate
+        self.bank = MemoryBank(memory_size, precision, false_alarm_rate=rate)
         self.update: Update | None = None
         self.interrupted: Update | None = None
         self.backbone = backbone
@@ -166,17 +171,10 @@ class ContinualPatchCoreModel(nn.Module):
 
     # Learning
 
-    def begin_update(self, few_shot_views: bool) -> Update:
-        """Begin an update, or go on with the one that was interrupted; it is :attr:`update` until :meth:`end_update`.
-
-        Args:
-            few_shot_views: Whether few images of a variant are learned with augmented views of them.
-        """
+    def begin_update(self) -> Update:
+        """Begin an update, or go on with one that was interrupted; it is :attr:`update` until :meth:`end_update`."""
         self.interrupted = self.update or self.interrupted
-        if self.interrupted is None:
-            self.update = Update(self.bank, self.embed_arrays, few_shot_views)
-        else:
-            self.update = self.interrupted.continued(self.embed_arrays, few_shot_views)
+        self.update = Update(self.bank) if self.interrupted is None else self.interrupted.continued()
         return self.update
 
     def end_update(self) -> None:
@@ -184,20 +182,22 @@ class ContinualPatchCoreModel(nn.Module):
         assert self.update is not None
         self.bank, self.update, self.interrupted = self.update.bank, None, None
 
-    def calibrate(
-        self,
-        variant: str,
-        patches: NDArray[np.float32],
-        labels: NDArray[np.bool_],
-        pixel: tuple[float, float, float],
-    ) -> None:
-        """Let validation images set the thresholds of a variant, as :func:`calibrated` does."""
+    def validate(self, variant: str, images: Calibration) -> None:
+        """Let images that are not learned set the thresholds of a variant, too; see :meth:`Update.validate`."""
         if self.update is not None:
-            self.update.calibrate(variant, patches, labels, pixel)
+            self.update.validate(variant, images)
             return
-        self.bank = calibrated(self.bank, variant, patches, labels, pixel)
+        self.bank = validated(self.bank, variant, images)
         if self.interrupted is not None and variant in self.interrupted.bank.variants:
-            self.interrupted.calibrate(variant, patches, labels, pixel)
+            self.interrupted.validate(variant, images)
+
+    def set_decision(self, variant: str | None, false_alarm_rate: float | None, threshold: float | None) -> None:
+        """Decide by another rate or threshold, also when an interrupted update goes on; see ``with_decision``."""
+        changes = {"false_alarm_rate": false_alarm_rate, "threshold": threshold}
+        self.bank = self.bank.with_decision(variant, **changes)
+        for update in (self.update, self.interrupted):
+            if update is not None and (variant is None or variant in update.bank.variants):
+                update.bank = update.bank.with_decision(variant, **changes)
 
     def refresh(self) -> None:
         """Judge from now on by the bank as it is, during an update by that of the update."""
@@ -218,8 +218,10 @@ class ContinualPatchCoreModel(nn.Module):
     def set_extra_state(self, saved: dict[str, Any]) -> None:
         """Load what :meth:`get_extra_state` gave; see :meth:`read_state` for errors."""
         own, loaded = self.bank, self.read_state(saved)
+        if self.false_alarm_rate is not None:
+            loaded.bank = loaded.bank.with_decision(false_alarm_rate=self.false_alarm_rate)
         self.bank, self.update, self.interrupted = loaded.bank, None, None
-        if loaded.is_open():
+        if loaded.pools:
             self.interrupted = loaded
             judged_by = loaded.continued()
             judged_by.flush()

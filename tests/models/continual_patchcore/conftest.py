@@ -15,6 +15,7 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_ext.models import ContinualPatchCore
+from openvino_export.images import image_hash
 from openvino_export.memory import state
 
 Make = Callable[..., Any]
@@ -87,7 +88,10 @@ def begin_update(tensors: Make) -> Callable[[ContinualPatchCore], None]:
 
     def begin(model: ContinualPatchCore) -> None:
         images = model.pre_processor(tensors("checks")[:12])
-        model.model.begin_update(few_shot_views=False).add(images.numpy(), "checks")
+        update = model.model.begin_update()
+        for image in images.numpy():
+            embedding = model.model.embed_arrays(image[None])[0]
+            update.add(embedding, "checks", image_hash=image_hash(image), map_size=(64, 64))
 
     return begin
 

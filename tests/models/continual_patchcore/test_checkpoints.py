@@ -239,28 +239,37 @@ def test_mixed_precision(make_tiny: Make, make_data: Make, make_engine: Make) ->
     assert engine.test(model, datamodule=make_data("stripes"))[0]["image_F1Score"] > 0.9
 
 
-# The former name of few_shot_views
+# Former arguments
 
 
-@pytest.mark.parametrize("value", [True, False])
-def test_the_former_name_means_the_same(value: bool, make_tiny: Make) -> None:
-    """With a warning that names the new one; the new name warns of nothing."""
-    with pytest.warns(FutureWarning, match="one_shot is now few_shot_views"):
-        model = make_tiny(few_shot_views=not value, one_shot=value)
-    assert model.few_shot_views is value
+@pytest.mark.parametrize("name", ["few_shot_views", "one_shot"])
+def test_former_arguments_have_no_effect(name: str, make_tiny: Make) -> None:
+    """They are named in a warning; without them there is none."""
+    with pytest.warns(FutureWarning, match="few_shot_views and one_shot have no effect"):
+        make_tiny(**{name: True})
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        assert make_tiny(few_shot_views=value).few_shot_views is value
+        make_tiny()
 
 
-def test_a_checkpoint_that_has_the_former_name(trained: Trained, tmp_path: Path, state_of: Make) -> None:
-    """It comes back with the meaning that it was given."""
+def test_a_checkpoint_that_has_a_former_argument(trained: Trained, tmp_path: Path, state_of: Make) -> None:
+    """It is loaded all the same."""
     checkpoint = torch.load(trained[1], weights_only=True)
-    for name in ("few_shot_views", "one_shot"):
-        checkpoint["hyper_parameters"].pop(name)
     checkpoint["hyper_parameters"]["one_shot"] = False
     torch.save(checkpoint, tmp_path / "old.ckpt")
     with pytest.warns(FutureWarning, match="few_shot_views"):
         loaded = ContinualPatchCore.load_from_checkpoint(tmp_path / "old.ckpt")
-    assert loaded.few_shot_views is False
     assert state_of(loaded) == state_of(trained[0])
+
+
+def test_the_false_alarm_rate_of_a_checkpoint(trained: Trained, make_tiny: Make) -> None:
+    """It is kept, unless another one is asked for."""
+    model = copy.deepcopy(trained[0])
+    model.set_decision(false_alarm_rate=0.1)
+    state = copy.deepcopy(model.state_dict())
+    for asked, expected in ((None, 0.1), (0.005, 0.005)):
+        other = make_tiny(**({} if asked is None else {"false_alarm_rate": asked}))
+        other.load_state_dict(copy.deepcopy(state))
+        assert other.model.bank.false_alarm_rate == expected
+    before = model.post_processor.image_values[:, 0]
+    assert (other.post_processor.image_values[:, 0] > before).all(), "a lower rate has higher thresholds"

@@ -187,7 +187,7 @@ def test_bundle(two: ContinualPatchCore, product_images: torch.Tensor, make_engi
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
         "num_neighbors": 1,
-        "one_shot": False,
+        "score": "rate",
         "precision_hint": "f32",
         "compression": "FP32",
         "last_values": {"image": [None] * 3, "pixel": [None] * 3},
@@ -249,8 +249,9 @@ def test_quantisation_of_the_default_backbone(
     assert operations(path)["GroupConvolution"] > 5
     metadata = bundle.read(path.parent).metadata
     assert metadata["compression"] == "INT8"
-    for values in metadata["accuracy"].values():
-        assert values["INT8"] >= values["FP32"] - 0.01
+    one_decision = 1 / 12
+    for name, values in metadata["accuracy"].items():
+        assert values["INT8"] >= values["FP32"] - (one_decision if name == "image_F1Score" else 0.01)
     assert set(metadata["accuracy"]) == {"image_AUROC", "image_F1Score"}
     # Not the same, or it would not be quantised.
     embedding = embed(path, product_images)

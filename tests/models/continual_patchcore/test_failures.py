@@ -58,7 +58,7 @@ def test_a_failed_partial_fit_changes_nothing(
         with pytest.raises(FileNotFoundError, match=r"no image nowhere.png"):
             known.partial_fit([*images, "nowhere.png"])
     else:
-        place = (update, "calibrated_from_views") if fault == "thresholds" else (VariantPostProcessor, "refresh")
+        place = (update, "calibration_of") if fault == "thresholds" else (VariantPostProcessor, "refresh")
         fail_once(monkeypatch, *place, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             known.partial_fit(images)
@@ -87,7 +87,7 @@ def test_a_failed_fit_changes_nothing(
         images.append(torch.full((3, 64, 64), torch.nan))
     else:
         error = MemoryError
-        fail_once(monkeypatch, update, "calibrated_from_views", MemoryError("NaN or memory"))
+        fail_once(monkeypatch, update, "calibration_of", MemoryError("NaN or memory"))
     loader = DataLoader(images, batch_size=7, collate_fn=lambda batch: ImageBatch(image=torch.stack(batch)))
     engine = make_engine()
     with pytest.raises(error, match="NaN"):
@@ -106,8 +106,8 @@ def test_a_fit_that_fails_before_it_begins_changes_nothing(
     make_data: Make,
 ) -> None:
     """Nor what came into the bank by another way before."""
-    learning = update.Update(model.model.bank, model.model.embed_arrays)
-    learning.add(tensors("checks").numpy(), "checks")
+    learning = update.Update(model.model.bank)
+    learning.add(model.model.embed_arrays(tensors("checks")[:1].numpy())[0], "checks")
     learning.commit()
     model.model.bank = learning.bank
     with pytest.raises(FileNotFoundError):
@@ -123,6 +123,8 @@ def test_a_fit_that_fails_before_it_begins_changes_nothing(
         ({"memory_size": 0}, "memory_size must be at least 1, got 0"),
         ({"memory_size": -5}, "memory_size must be at least 1, got -5"),
         ({"num_neighbors": 0}, "num_neighbors must be at least 1, got 0"),
+        ({"false_alarm_rate": 0.0}, "false_alarm_rate must be above 0 and at most 0.5, got 0.0"),
+        ({"false_alarm_rate": 0.7}, "false_alarm_rate must be above 0 and at most 0.5, got 0.7"),
         ({"precision": "int8"}, "precision must be 'float32' or 'float16', got 'int8'"),
     ],
 )

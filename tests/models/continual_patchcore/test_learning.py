@@ -3,7 +3,6 @@
 
 import logging
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.models import ContinualPatchCore
-from openvino_export.memory import update
-from openvino_export.memory.augment import NUM_VIEWS
 from openvino_export.memory.thresholds import thresholds
 
 Make = Callable[..., Any]
@@ -90,32 +87,6 @@ def test_the_same_images_change_nothing(model: ContinualPatchCore, make_data: Ma
     assert Path(engine.best_model_path).is_file()
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 4])
-@pytest.mark.parametrize(("count", "augmented"), [(4, True), (5, False)])
-def test_few_images_are_learned_with_views(
-    count: int,
-    augmented: bool,
-    batch_size: int,
-    tensors: Make,
-    make_tiny: Make,
-    make_engine: Make,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It depends on the number of images only, not on the size of the batches, the last of which is smaller."""
-    asked = []
-
-    def watched(image: np.ndarray, views: int, seed: int) -> np.ndarray:
-        assert views == NUM_VIEWS
-        asked.append(seed)
-        return image[None]
-
-    monkeypatch.setattr(update, "augmented_views", watched)
-    model = make_tiny(few_shot_views=True)
-    make_engine().fit(model, train_dataloaders=loader_of(list(tensors("stripes")[:count]), batch_size))
-    assert model.last_report.variants == {"variant_1": count}
-    assert len(asked) == len(set(asked)) == (count if augmented else 0)
-
-
 def test_learns_from_plain_loaders(tensors: Make, f1_of: Make, make_tiny: Make, make_engine: Make) -> None:
     """Without a datamodule, labels and length, the variants are found from the images, each with thresholds."""
 
@@ -142,9 +113,9 @@ def test_mixed_categories_are_variants(
     make_engine: Make,
     make_data: Make,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Each category of a joint set is learned, calibrated and judged as a variant; the one of few images with views."""
+    """Each category of a joint set is learned, validated and judged as a variant; of few images a warning tells."""
     for path in files("checks")[:3]:
         shutil.copy(path, tmp_path)
     tests = products / "checks" / "test"
@@ -157,17 +128,17 @@ def test_mixed_categories_are_variants(
         num_workers=0,
     )
     data = MultiCategory([make_data("stripes"), make_data("dots"), few], num_workers=0, train_batch_size=8)
-    model, learned, add = make_tiny(few_shot_views=True), Counter(), update.Update._add_patches
-
-    def counted(self: Any, patches: Any, variant: str, image_hash: int, views: Any) -> Any:  # noqa: ANN401
-        learned[variant, views is not None] += 1
-        return add(self, patches, variant, image_hash, views)
-
-    monkeypatch.setattr(update.Update, "_add_patches", counted)
-    make_engine().fit(model, datamodule=data)
-    assert learned == {("stripes", False): 20, ("dots", False): 20, ("few", True): 3}
+    model = make_tiny()
+    with caplog.at_level(logging.WARNING):
+        make_engine().fit(model, datamodule=data)
+    assert model.last_report.variants == {"stripes": 20, "dots": 20, "few": 3}
     calibrations = {name: variant.calibration for name, variant in model.model.bank.variants.items()}
     assert {name: one.labels.sum() for name, one in calibrations.items()} == {"stripes": 6, "dots": 6, "few": 6}
+    assert {name: (one.origins >= 0).sum() for name, one in calibrations.items()} == {
+        "stripes": 20,
+        "dots": 20,
+        "few": 3,
+    }
     values = make_engine().test(model, datamodule=data, verbose=False)[0]
     assert values["mean/image_AUROC"] > 0.95
 
@@ -202,8 +173,8 @@ def test_reports_each_update(
         "memory/removed/stripes": report.removed["stripes"],
         "memory/removed/dots": report.removed["dots"],
         "memory/share/dots": len(bank.variants["dots"].radii) / 400,
-        "memory/image_threshold/dots": limits["image"][0],
-        "memory/pixel_threshold/dots": limits["pixel"][0],
+        "memory/image_threshold/dots": limits.image.value,
+        "memory/pixel_threshold/dots": limits.pixel.value,
     }
     assert {"stripes", "dots"} == set(report.removed)
     for metrics in (engine.trainer.callback_metrics, engine.trainer.logged_metrics):

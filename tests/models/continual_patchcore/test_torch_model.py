@@ -45,8 +45,9 @@ def double_precision() -> Generator[None]:
 
 def learn(model: ContinualPatchCoreModel, images: torch.Tensor, variant: str) -> None:
     """Have a model learn normalised images."""
-    update = model.begin_update(few_shot_views=False)
-    update.add(images.numpy(), variant)
+    update = model.begin_update()
+    for image in images.numpy():
+        update.add(model.embed_arrays(image[None])[0], variant)
     update.commit()
     model.end_update()
     model.refresh()

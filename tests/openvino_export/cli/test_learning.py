@@ -40,3 +40,24 @@ def test_info(exported: Path, without_bank: Path, capsys: pytest.CaptureFixture[
     assert known["variants"]["stripes"]["images"] == 20
     assert main(["info", str(without_bank)]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "Padim"
+
+
+def test_set(run: Run, bundle: Path) -> None:
+    """A rate, a threshold by hand, and back; what images do not support is said; an undo brings back."""
+    code, lines, errors = run("set", bundle, "--false_alarm_rate", 0.005)
+    assert code == 0
+    assert (lines[0]["variant"], lines[0]["false_alarm_rate"], lines[0]["by_hand"]) == ("stripes", 0.005, False)
+    assert "the threshold is extrapolated" in errors
+    automatic = lines[0]["threshold"]
+    code, lines, errors = run("set", bundle, "--variant", "stripes", "--threshold", 9.5)
+    assert (code, lines[0]["threshold"], lines[0]["by_hand"], errors) == (0, 9.5, True, "")
+    assert run("undo", bundle)[0] == 0
+    code, lines, _ = run("set", bundle, "--automatic", "true")
+    assert (code, lines[0]["threshold"]) == (0, automatic)
+
+
+@pytest.mark.parametrize("options", [[], ["--false_alarm_rate", "0.1", "--threshold", "3"]])
+def test_set_wants_one_thing(options: list[str], bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing, or two things, are refused."""
+    assert main(["set", str(bundle), *options]) == 1
+    assert "Give one of --false_alarm_rate, --threshold and --automatic true" in capsys.readouterr().err

@@ -6,8 +6,10 @@ Coverage is computed here from all patches ever learned, in double precision and
 
 import copy
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,9 +17,10 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from openvino_export.memory import state
+from openvino_export.memory.leave_one_out import CALIBRATION_PATCHES, Sample, kept_patches
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import CALIBRATION_PATCHES
 from openvino_export.memory.update import Update
+from openvino_export.memory.variant import Calibration, Variant
 
 Array = NDArray[np.float32]
 Ledger = dict[str, list[Array]]  # patches of each image by variant
@@ -70,12 +73,6 @@ def draw(shape: str, variant: str, seed: int, count: int, dimension: int = 4, ma
     return (points * magnitude).astype(np.float32)
 
 
-def waves(height: int, width: int) -> Array:
-    """An image of waves a quarter of its height long."""
-    rows, columns = np.mgrid[:height, :width] * (8 * np.pi / height)
-    return np.stack([np.sin(rows), np.cos(columns), np.sin(rows + columns)]).astype(np.float32)
-
-
 def learned(bank: MemoryBank, images: Ledger) -> MemoryBank:
     """The bank after an update with images of some variants."""
     update = Update(bank)
@@ -86,22 +83,79 @@ def learned(bank: MemoryBank, images: Ledger) -> MemoryBank:
     return update.bank
 
 
-def filled(size: int = 60, variants: str = "ab", *, dtype: str = "float32", calibrated: bool = False) -> MemoryBank:
-    """A bank of some variants, of three images each."""
+def filled(size: int = 60, variants: str = "ab", *, dtype: str = "float32", validated: bool = False) -> MemoryBank:
+    """A bank of some variants, of three images each, and of six that were not learned, two of them anomalous."""
     update = Update(MemoryBank(size, dtype))
     for name in variants:
         for seed in range(3):
             update.add(draw("lobes", name, seed, 40), name, image_hash=100 * ord(name) + seed)
     update.flush()
-    if calibrated:
+    if validated:
         for name in variants:
-            patches = np.tile(
-                [draw("lobes", name, seed, CALIBRATION_PATCHES // 2) for seed in range(50, 56)], (1, 2, 1)
-            )
-            patches[4:] += 4
-            update.calibrate(name, patches, np.arange(6) >= 4, (0.1, 0.2, 0.7))
+            images = [draw("lobes", name, seed, 40) + 4 * (seed >= 54) for seed in range(50, 56)]
+            update.validate(name, not_learned(update.bank.variants[name], images, np.arange(6) >= 4))
     update.commit()
     return update.bank
+
+
+def not_learned(variant: Variant, images: Sequence[Array], labels: NDArray[np.bool_] | None = None) -> Calibration:
+    """What is kept of images that are not learned, all of them good by default."""
+    kept = [kept_patches(variant, Sample(-1, image)) for image in images]
+    return Calibration(
+        patches=np.stack([patches for patches, _ in kept]),
+        origins=np.full(len(kept), -1, np.int32),
+        labels=np.zeros(len(kept), bool) if labels is None else labels,
+        factors=np.stack([factors for _, factors in kept]),
+        scores=np.zeros(len(kept), np.float32),
+    )
+
+
+def judged(scores: dict[str, list[float]], defects: list[float] | None = None, rate: float = 0.02) -> MemoryBank:
+    """A bank of variants of which good images score so, and of the first also some defects."""
+    bank = filled(100, "".join(scores))
+    for name, good in scores.items():
+        every = [*good, *(defects or [])] if name == next(iter(scores)) else good
+        calibration = Calibration(
+            patches=np.zeros((len(every), CALIBRATION_PATCHES, 4), np.float16),
+            origins=np.arange(len(every), dtype=np.int32),
+            labels=np.arange(len(every)) >= len(good),
+            factors=np.ones((len(every), 2), np.float32),
+            scores=np.array(every, np.float32),
+        )
+        bank = bank.with_changes(name, calibration=calibration)
+    return bank.with_decision(false_alarm_rate=rate)
+
+
+def of_vectors(vectors: Array, origins: NDArray[np.int32], stand_ins: Array) -> Variant:
+    """A variant of these vectors, of which nothing else is known."""
+    return replace(
+        filled(variants="a").variants["a"],
+        vectors=vectors,
+        radii=np.full(len(vectors), np.inf, np.float32),
+        origins=origins,
+        stand_ins=stand_ins,
+    )
+
+
+def clusters(kinds: int, seed: int, count: int = 150, dimension: int = 6, spread: float = 1.0) -> Array:
+    """Patches of an image of a product that has so many kinds of patches."""
+    centers = 4 * np.random.default_rng(0).normal(size=(kinds, dimension))
+    rng = np.random.default_rng([kinds, seed])
+    patches = centers[rng.integers(0, kinds, count)] + spread * rng.normal(size=(count, dimension))
+    return patches.astype(np.float32)
+
+
+@cache
+def clusters_bank(kinds: int, images: int, size: int) -> MemoryBank:
+    """A bank of one product, which never changes."""
+    return learned(MemoryBank(size), {"a": [clusters(kinds, seed) for seed in range(images)]})
+
+
+def judged_by(bank: MemoryBank) -> Calibration:
+    """By what the variant judges itself."""
+    found = bank.variants["a"].calibration
+    assert found is not None
+    return found
 
 
 def distances_between(patches: Array, vectors: Array) -> NDArray[np.float64]:
@@ -115,15 +169,23 @@ def all_distances(patches: Array, vectors: Array) -> NDArray[np.float64]:
     return torch.cdist(*both, compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
 
-def check(bank: MemoryBank, images: Ledger) -> None:
-    """The budget and the certificate, for all images that are in the bank."""
+def check(bank: MemoryBank, images: Ledger, lowest_origin: int = 0) -> None:
+    """The budget, the certificate and what vectors say of themselves, for all images that are in the bank."""
     assert len(bank) == len(bank.vectors()) <= bank.size
     assert set(bank.variants) == set(images)
     for name, each in images.items():
         variant = bank.variants[name]
-        assert len(variant.vectors) == len(variant.radii) == len(variant.cover_radii) >= 1
+        parts = (variant.vectors, variant.radii, variant.cover_radii, variant.origins, variant.stand_ins)
+        assert {len(part) for part in parts} == {len(variant.gains)}
+        assert len(variant.gains) >= 1
         assert variant.vectors.dtype == bank.dtype
         assert 0 <= variant.merge_radius < np.inf
+        assert variant.images == len(each)
+        assert set(variant.origins) <= set(range(lowest_origin, len(each)))
+        assert (variant.stand_ins >= 0).all()
+        assert variant.gains[0] == np.inf
+        assert (variant.gains >= 0).all()
+        assert (np.diff(variant.gains[1:]) <= 0).all()
         cover_radii = variant.cover_radii.astype(np.float64) * ROUNDING
         distances = all_distances(np.concatenate(each), variant.vectors)
         # Stronger than the certificate: every patch lies within the cover of one vector.
@@ -159,14 +221,14 @@ def unchanged(*banks: MemoryBank) -> Generator[None]:
 
 @contextmanager
 def as_if_not_called(update: Update) -> Generator[None]:
-    """Check that an update stays as it was: its bank, its pools, what waits and what it will report."""
+    """Check that an update stays as it was: its bank, its pools and what it will report."""
 
     def everything() -> object:
         derived = {"known", "_index", "_quantizer"}
         pools = [
             {key: value for key, value in vars(pool).items() if key not in derived} for pool in update.pools.values()
         ]
-        own = {key: value for key, value in vars(update).items() if key not in {"bank", "pools", "embed", "report"}}
+        own = {key: value for key, value in vars(update).items() if key not in {"bank", "pools", "report"}}
         return state.to_arrays(update), pools, own, vars(update.report)
 
     before = copy.deepcopy(everything())

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from anomalib_ext.models import ContinualPatchCore
 from openvino_export import EdgeDetector
-from openvino_export.decision import Decider
-from openvino_export.images import load
 from openvino_export.memory.guard import SUSPICION, excess
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import calibrated, calibration_patches, image_thresholds, thresholds
+from openvino_export.memory.thresholds import image_thresholds, thresholds
 from openvino_export.memory.update import Update
 
 from .banks import distances_between, draw, filled
@@ -65,16 +62,6 @@ def test_both_sides_hold_back_the_same(
     suspicious = images[len(normal) :] if variant else [scratched]
 
     edge, guarded, unguarded = EdgeDetector(bundle), copy.deepcopy(trained), copy.deepcopy(trained)
-    bank = trained.model.bank
-    arrays = np.stack([guarded.pre_processor.transform(torch.from_numpy(load(path))).numpy() for path in normal])
-    patches = [each.reshape(-1, each.shape[-1]) for each in trained.model.embed_arrays(arrays)]
-    kept = [calibration_patches(bank, "stripes", each, bank.search(each)[0]) for each in patches]
-    bank = calibrated(bank, "stripes", np.stack(kept), np.zeros(len(kept), bool))
-    guarded.model.bank = bank
-    guarded.model.refresh()
-    guarded.post_processor.refresh(bank)
-    edge._decider = Decider(bank, edge._bundle.metadata)
-
     report, learned = guarded.partial_fit(images, variant, hold_back=True), edge.learn(images, variant)
     assert [*report.held_back] == [*learned.held_back] == [str(path) for path in suspicious]
     for name, factor in report.held_back.items():
@@ -88,11 +75,14 @@ def test_both_sides_hold_back_the_same(
 
 
 def test_what_it_goes_by() -> None:
-    """The bank's own thresholds, and the last one that was set where it has none."""
-    bank = filled(calibrated=True)
-    update = Update(bank)
-    update.add(draw("lobes", "c", 0, 40), "c")  # its only image has no score before it was learned
+    """The thresholds of a bank: of good images, of a single one, set by hand; NaN where nothing is known."""
+    update = Update(filled(validated=True))
+    update.add(draw("lobes", "c", 0, 40), "c")
+    update.add(draw("lobes", "d", 0, 1), "d")  # nothing tells how far apart its patches are
     update.commit()
-    limits = image_thresholds(update.bank, 2.5)
-    assert limits == {**{name: thresholds(update.bank, name)["image"][0] for name in "ab"}, "c": 2.5}
-    assert np.isnan(image_thresholds(update.bank)["c"])
+    bank = update.bank.with_decision("b", threshold=2.5)
+    limits = image_thresholds(bank)
+    assert [*limits] == [*"abcd"]
+    assert limits["a"] == thresholds(bank, "a").image.value > 0
+    assert (limits["b"], limits["c"] > 0) == (2.5, True)
+    assert np.isnan(limits["d"])

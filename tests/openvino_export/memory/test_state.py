@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the saved form: what is loaded is what was saved, and what is damaged is refused."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,10 @@ from hypothesis import strategies as st
 from openvino_export.memory import patch_pool, state
 from openvino_export.memory import update as updates
 from openvino_export.memory.memory_bank import MemoryBank
-from openvino_export.memory.thresholds import CALIBRATION_PATCHES, calibrated, thresholds
+from openvino_export.memory.thresholds import thresholds
 from openvino_export.memory.update import Update
 
-from .banks import REPEATABLE, draw, filled, learned, reloaded, same
+from .banks import REPEATABLE, draw, filled, learned, not_learned, reloaded, same
 
 ACTIONS = [("a", 0), ("a", 1), "commit", ("a", 2), ("a", 3), "flush", ("b", 4), ("b", 5), ("a", 6)]
 
@@ -44,7 +46,10 @@ def test_going_on_from_a_saved_update(
     divided: int,
     pool: int,
 ) -> None:
-    """Saved and loaded at any moment, in mid-pool too, an update ends bit by bit as one that was never saved."""
+    """Saved and loaded at any moment, in mid-pool too, an update ends bit by bit as one that was never saved.
+
+    So does one that goes on where another is, which stays as it is.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(updates, "SMALLEST_POOL", pool)
         patch.setattr(patch_pool, "DIVIDED_INDEX", divided)
@@ -54,37 +59,88 @@ def test_going_on_from_a_saved_update(
             if isinstance(action, tuple):
                 name, seed = action
                 for each in (update, kept):
-                    each.add(draw("lobes", name, seed, 140), name, image_hash=seed)
+                    image = draw("lobes", name, seed, 140).reshape(10, 14, 4)
+                    each.add(image, name, image_hash=seed, map_size=(20, 30))
             else:
                 getattr(update, action)()
                 getattr(kept, action)()
             if save:
-                update = reloaded(update)
+                before = copy.deepcopy(state.to_arrays(kept))
+                continued = kept.continued()
+                continued.add(draw("lobes", "a", 99, 140), "a")
+                continued.flush()
+                np.testing.assert_equal(state.to_arrays(kept), before)
+                update, kept = reloaded(update), kept.continued()
             assert same(update, kept)
 
 
 def test_a_saved_pool_is_reported_whole() -> None:
     """Images that were learned before the interruption are part of the update."""
     update = Update(filled())
-    update.add(draw("lobes", "c", 0, 40), "c")
-    update = reloaded(update)
-    update.add(draw("lobes", "c", 1, 40), "c")
-    assert ([*update.pools], update.images("c"), update.images("a"), update.images("d")) == (["c"], 2, 3, 0)
-    report = update.commit()
-    assert report.variants == {"c": 2}
-    assert report.added == {"c": len(update.bank.variants["c"].radii)}
-    assert ([*update.pools], update.images("c")) == ([], 2)
+    update.add(draw("lobes", "c", 0, 40), "c", image_hash=7)
+    for again in (reloaded(update), update.continued()):
+        again.add(draw("lobes", "c", 1, 40), "c")
+        assert again.knows(7)
+        assert [*again.pools] == ["c"]
+        report = again.commit()
+        assert (report.variants, report.known_images) == ({"c": 2}, 1)
+        assert report.added == {"c": len(again.bank.variants["c"].radii)}
+        assert again.pools == {}
+    assert update.commit().variants == {"c": 1}
 
 
-def test_reloaded_calibration() -> None:
+def test_a_saved_update_stays_as_it_was_saved() -> None:
+    """While the update that it was taken of goes on, with pools that are and are not thinned."""
+    update = Update(MemoryBank(50))
+    for seed in range(3):
+        update.add(draw("lobes", "a", seed, 40), "a")
+    arrays, plain = state.to_arrays(update)
+    before = copy.deepcopy((arrays, plain))
+    for seed in range(3, 9):
+        update.add(draw("lobes", "a", seed, 40), "a")
+        np.testing.assert_equal((arrays, plain), before)
+    update.commit()
+    np.testing.assert_equal((arrays, plain), before)
+
+
+def decided() -> MemoryBank:
+    """A bank of variants that decide by all that there is."""
+    bank = learned(filled(150, "abcd", validated=True), {"e": [draw("lobes", "e", 0, 40)]})
+    far = [np.full((9, 4), value, np.float32) for value in (1e6, 2e6)]  # half precision does not hold them
+    update = Update(bank.with_decision(false_alarm_rate=1 / 3).with_decision("a", false_alarm_rate=0.1))
+    update.validate("b", not_learned(bank.variants["b"], far, np.array([False, True])))
+    bank = update.bank.with_decision("b", threshold=1 / 7)
+    return bank.with_changes("c", by_hand=(np.nan, 2.5)).with_changes("d", former=(1 / 9, np.nan, 0.25))
+
+
+def test_reloaded_decisions() -> None:
     """Thresholds are the same, to the bit, and unequal calibrations do not mix."""
-    far = np.full((2, CALIBRATION_PATCHES, 4), 1e6, np.float32)
-    bank = calibrated(filled(variants="abc", calibrated=True), "b", far, np.array([False, True]), (0.1, 1 / 3, np.nan))
-    bank = learned(bank, {"d": [draw("lobes", "d", 0, 40)]})
+    bank = decided()
     again = reloaded(bank).bank
     assert same(reloaded(again), bank)
-    for name in "abcd":
-        np.testing.assert_equal(thresholds(again, name), thresholds(bank, name))
+    assert again.false_alarm_rate == bank.false_alarm_rate
+    for name, variant in bank.variants.items():
+        np.testing.assert_equal(asdict(thresholds(again, name)), asdict(thresholds(bank, name)))
+        np.testing.assert_equal(asdict(again.variants[name]), asdict(variant))
+        for key, value in vars(again.variants[name].calibration).items():
+            assert value.dtype == getattr(variant.calibration, key).dtype or key == "patches"
+
+
+def test_reloaded_images_of_a_pool() -> None:
+    """With their places and the sizes of their maps, in any precision."""
+    update = Update(filled())
+    update.add(draw("lobes", "a", 8, 40).reshape(5, 8, 4), "a", map_size=(50, 80))
+    update.add(draw("lobes", "a", 9, 40), "a")
+    update.add(1e6 * draw("lobes", "c", 9, 30).reshape(5, 6, 4), "c", map_size=(20, 30))
+    again = reloaded(update)
+    for name, pool in update.pools.items():
+        assert [each._replace(patches=None) for each in again.pools[name].samples] == [
+            each._replace(patches=None) for each in pool.samples
+        ]
+        for one, other in zip(again.pools[name].samples, pool.samples, strict=True):
+            assert one.patches.dtype == other.patches.dtype == (np.float16 if name == "a" else np.float32)
+            np.testing.assert_array_equal(one.patches, other.patches)
+    assert sorted(sample.grid for sample in again.pools["a"].samples) == [(0, 0), (5, 8)]
 
 
 def test_empty_bank_is_saved() -> None:
@@ -94,7 +150,7 @@ def test_empty_bank_is_saved() -> None:
     assert bank.radius_bound() == 0
 
 
-@pytest.mark.parametrize("bank", [filled(calibrated=True), filled(dtype="float16"), MemoryBank(7)])
+@pytest.mark.parametrize("bank", [filled(validated=True), filled(dtype="float16"), decided(), MemoryBank(7)])
 def test_a_file_holds_the_bank(bank: MemoryBank) -> None:
     """Bit by bit."""
     assert same(state.from_bytes(state.to_bytes(bank)), bank)
@@ -113,29 +169,29 @@ def test_damaged_files_are_refused() -> None:
 
 
 def test_load_refuses_another_schema() -> None:
-    """Of a newer version, or none at all."""
+    """Of a newer version, a very old one, or none at all."""
     arrays, plain = state.to_arrays(filled())
-    for version in (1, 3, None):
+    for version in (1, 4, None):
         with pytest.raises(ValueError, match=f"schema version {version}"):
             state.from_arrays(arrays, plain | {"schema_version": version})
 
 
 def saved() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state of a bank of two calibrated variants, in the middle of a third and one of them; a fourth waits."""
-    update = Update(filled(calibrated=True), few_shot_views=True)
-    patches = np.stack([draw("lobes", "d", seed, 40) for seed in range(2)])
-    update.add(np.random.default_rng(0).normal(size=(2, 3, 6, 8)).astype(np.float32), "d", patches=patches)
+    """The state of a bank of two validated variants, in the middle of a third and one of them."""
+    update = Update(filled(validated=True).with_decision("b", threshold=3.0))
     for seed in range(3):
         for name in "ac":
-            update.add(draw("lobes", name, 10 + seed, 40), name, image_hash=ord(name) + seed)
+            image = draw("lobes", name, 10 + seed, 40).reshape(5, 8, 4)
+            update.add(image, name, image_hash=10 * ord(name) + seed, map_size=(50, 80))
     return state.to_arrays(update)
 
 
 ARRAYS = sorted(saved()[0])
-FINITE = [key for key, array in saved()[0].items() if key != "calibration_pixels" and array.dtype.kind == "f"]
+NUMBERS = [key for key, array in saved()[0].items() if array.dtype.kind == "f"]
+MAY_BE_INFINITE = ("radii", "stand_ins", "gains", "scores")
 
 
-@pytest.mark.parametrize("key", [*ARRAYS, "size", "dtype", "variants", "streams"])
+@pytest.mark.parametrize("key", [*ARRAYS, "size", "dtype", "false_alarm_rate", "variants", "streams"])
 def test_load_refuses_what_lacks_a_part(key: str) -> None:
     """The message names the part."""
     arrays, plain = saved()
@@ -144,69 +200,96 @@ def test_load_refuses_what_lacks_a_part(key: str) -> None:
         state.from_arrays(arrays, plain)
 
 
-@pytest.mark.parametrize("key", ["name", "vectors", "scale", "resolution", "images", "spread", "calibration_images"])
-def test_load_refuses_a_variant_that_lacks_a_part(key: str) -> None:
-    """The message names the part."""
+@pytest.mark.parametrize(("part", "key"), [(p, key) for p in ("variants", "streams") for key in saved()[1][p][1]])
+def test_load_refuses_a_variant_that_lacks_a_part(part: str, key: str) -> None:
+    """Or a pool; the message names the part."""
     arrays, plain = saved()
-    del plain["variants"][1][key]
+    del plain[part][1][key]
     with pytest.raises(ValueError, match=f"damaged: '{key}' is missing"):
         state.from_arrays(arrays, plain)
 
 
-@pytest.mark.parametrize("key", FINITE)
-def test_load_refuses_values_that_are_not_finite(key: str) -> None:
-    """NaN would spread to every score."""
+@pytest.mark.parametrize("key", ARRAYS)
+def test_load_refuses_another_shape(key: str) -> None:
+    """One row less, or, where there may be any number of rows, one column less; the message names the array."""
     arrays, plain = saved()
-    arrays[key][1] = np.nan
-    with pytest.raises(ValueError, match=f"damaged: .*{key}"):
+    if key.endswith("hashes"):
+        arrays[key] = arrays[key][None]
+    else:
+        arrays[key] = arrays[key][:, :-1] if "_sample_" in key else arrays[key][:-1]
+    # The number of points is not said elsewhere: then all that belongs to them does not fit.
+    with pytest.raises(ValueError, match=f"damaged: .*{key.replace('points', 'radii')} has the shape"):
         state.from_arrays(arrays, plain)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("key", "value"),
     [
-        (lambda plain: plain.update(size=59), "60 vectors, but at most 59"),
-        (lambda plain: plain.update(dtype="float16"), "vectors are of float32"),
-        (lambda plain: plain.update(dtype="int8"), "precision must be"),
-        (lambda plain: plain["variants"][0].update(name="b"), "twice"),
-        (lambda plain: plain["variants"][0].update(scale=0.0), "scale, resolution, spread or images of a"),
-        (
-            lambda plain: plain["variants"][1].update(resolution=float("nan")),
-            "scale, resolution, spread or images of b",
-        ),
-        (lambda plain: plain["variants"][1].update(spread=-1.0), "scale, resolution, spread or images of b"),
-        (lambda plain: plain.update(learned=["a"]), "variants that are not named"),
-        (lambda plain: plain["streams"][1].update(name=""), "name or divided_at of pool 1"),
-        (lambda plain: plain["streams"][1].update(name="a"), "a pool is there twice"),
-        (lambda plain: plain["streams"][1].update(divided_at=121), "name or divided_at of pool 1"),
-        (lambda plain: plain["streams"][1].update(divided_at=64), "name or divided_at of pool 1"),
-        (lambda plain: plain["streams"][0].update(images=-1), "resolution, spread or images of pool 0"),
-        (lambda plain: shift(plain, 1), "radii of b do not fall"),
-        (lambda plain: shift(plain, -plain["variants"][0]["vectors"]), "radii of a do not fall"),
-    ],
-    ids=[
-        "size",
-        "dtype",
-        "unknown dtype",
-        "name",
-        "scale",
-        "resolution",
-        "spread",
-        "learned",
-        "stream",
-        "stream twice",
-        "index",
-        "few lists",
-        "count",
-        "more vectors",
-        "no vectors",
+        *((key, np.nan) for key in NUMBERS),
+        *((key, np.inf) for key in NUMBERS if not key.endswith(MAY_BE_INFINITE)),
     ],
 )
-def test_load_refuses_contradictions(change: Callable[[dict[str, Any]], None], message: str) -> None:
+def test_load_refuses_values_that_are_not_finite(key: str, value: float) -> None:
+    """They would spread to every score."""
+    arrays, plain = saved()
+    arrays[key][1] = value
+    with pytest.raises(ValueError, match=f"damaged: .*{key}"):
+        state.from_arrays(arrays, plain)
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "size": (lambda plain: plain.update(size=59), "60 vectors, but at most 59"),
+    "dtype": (lambda plain: plain.update(dtype="float16"), "vectors are of float32"),
+    "unknown dtype": (lambda plain: plain.update(dtype="int8"), "precision must be"),
+    "rate": (lambda plain: plain.update(false_alarm_rate=0.7), "false_alarm_rate must be"),
+    "name": (lambda plain: plain["variants"][0].update(name="b"), "a variant is there twice"),
+    "resolution": (lambda plain: plain["variants"][1].update(resolution=np.nan), "wanted of b are out of range"),
+    "spread": (lambda plain: plain["variants"][1].update(spread=-1.0), "wanted of b are out of range"),
+    "images": (lambda plain: plain["variants"][0].update(images=-1), "wanted of a are out of range"),
+    "wanted": (lambda plain: plain["variants"][0].update(wanted=-1), "wanted of a are out of range"),
+    "own rate": (lambda plain: plain["variants"][1].update(false_alarm_rate=0.0), "b: false_alarm_rate must be"),
+    "by hand": (lambda plain: plain["variants"][1].update(by_hand=[-1.0, None]), "by_hand of b"),
+    "by hand, NaN": (lambda plain: plain["variants"][1].update(by_hand=[np.nan, None]), "by_hand of b"),
+    "by hand, one": (lambda plain: plain["variants"][1].update(by_hand=[1.0]), "by_hand of b"),
+    "former": (lambda plain: plain["variants"][0].update(former=[1.0, 1.0]), "former of a"),
+    "former, negative": (lambda plain: plain["variants"][0].update(former=[1.0, 1.0, -1.0]), "former of a"),
+    "stream": (lambda plain: plain["streams"][1].update(name=""), "name or divided_at of pool 1"),
+    "stream twice": (lambda plain: plain["streams"][1].update(name="a"), "a pool is there twice"),
+    "index": (lambda plain: plain["streams"][1].update(divided_at=121), "name or divided_at of pool 1"),
+    "few lists": (lambda plain: plain["streams"][1].update(divided_at=64), "name or divided_at of pool 1"),
+    "count": (lambda plain: plain["streams"][0].update(images=-1), "resolution, spread or images of pool 0"),
+    "grid": (lambda plain: plain["streams"][1]["samples"][2].__setitem__(2, 7), "image 2 of pool 1 has 40 patches"),
+    "map": (lambda plain: plain["streams"][1]["samples"][0].__setitem__(3, 0), "image 0 of pool 1 has 40 patches"),
+    "more vectors": (lambda plain: shift(plain, 1), "radii of b do not fall"),
+    "no vectors": (lambda plain: shift(plain, -plain["variants"][0]["vectors"]), "radii of a do not fall"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_load_refuses_contradictions(name: str) -> None:
     """Numbers that cannot be true together."""
+    change, message = CHANGES[name]
     arrays, plain = saved()
     change(plain)
     with pytest.raises(ValueError, match=message):
+        state.from_arrays(arrays, plain)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("radii", "radii of a do not fall from infinity"),
+        ("gains", "gains of a do not fall from infinity"),
+        ("stand_ins", "stand_ins of a are negative"),
+        ("stream_1_radii", "stream_1_radii holds negative"),
+        ("stream_1_stand_ins", "stream_1_stand_ins holds negative"),
+    ],
+)
+def test_load_refuses_what_is_out_of_order(key: str, message: str) -> None:
+    """Radii and gains that rise, and distances below 0."""
+    arrays, plain = saved()
+    arrays[key][3] = 1e9 if key in {"radii", "gains"} else -1
+    with pytest.raises(ValueError, match=f"damaged: .*{message}"):
         state.from_arrays(arrays, plain)
 
 
