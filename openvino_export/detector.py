@@ -354,7 +354,7 @@ def _about(bank: MemoryBank, name: str) -> dict[str, Any]:
         "images": variant.images,
         "vectors": len(variant.radii),
         "wanted_vectors": variant.wanted,
-        "threshold": None if np.isnan(decided.image.value) else decided.image.value,
+        "threshold": decided.image.value if np.isfinite(decided.image.value) else None,
         "by_hand": decided.by_hand,
         "false_alarm_rate": decided.false_alarm_rate,
         "rests_on_images": decided.images,

@@ -126,7 +126,9 @@ class MemoryBank:
             bank.false_alarm_rate, rate = rate, None
         by_hand = None if threshold is None else (threshold, np.nan)
         chosen = self.variants if variant is None else {variant: self.variants[variant]}
-        changed = {name: replace(each, false_alarm_rate=rate, by_hand=by_hand) for name, each in chosen.items()}
+        changed = {
+            name: replace(each, false_alarm_rate=rate, by_hand=by_hand, former=None) for name, each in chosen.items()
+        }
         bank.variants = {**self.variants, **changed}
         return bank
 

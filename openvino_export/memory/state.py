@@ -239,6 +239,9 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
     problems += [f"{key} holds values that are not finite" for key in finite if not np.isfinite(arrays[key]).all()]
     if np.isnan(arrays["calibration_scores"]).any():
         problems.append("calibration_scores holds NaN")
+    problems += [f"{key} holds negative values" for key in ("covers", "calibration_scores") if (arrays[key] < 0).any()]
+    if not (arrays["calibration_factors"] > 0).all():
+        problems.append("calibration_factors are not above 0")
     if len({entry["name"] for entry in entries}) < len(entries):
         problems.append("a variant is there twice")
     if len({stream["name"] for stream in plain["streams"]}) < len(plain["streams"]):
@@ -293,7 +296,11 @@ def _problems_of_pools(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, A
             problems.append(f"name or divided_at of pool {position} are out of range")
         if not all(stream[key] >= 0 for key in ("resolution", "spread", "images")):
             problems.append(f"resolution, spread or images of pool {position} are out of range")
-        for number, (_, rows, columns, height, width) in enumerate(stream["samples"]):
+        for number, described in enumerate(stream["samples"]):
+            if len(described) != 5 or not all(type(value) is int for value in described):
+                problems.append(f"image {number} of pool {position} is described by {described}")
+                continue
+            _, rows, columns, height, width = described
             patches = len(arrays[f"stream_{position}_sample_{number}"])
             if (rows or columns) and (rows * columns != patches or not (height > 0 and width > 0)):
                 problems.append(f"image {number} of pool {position} has {patches} patches, not {rows} x {columns}")

@@ -49,7 +49,7 @@ class Threshold:
     """What an image or a pixel of a variant is decided by.
 
     Attributes:
-        value: Raw score above which it is anomalous; NaN if nothing is known.
+        value: Raw score above which it is anomalous; infinite if nothing is known.
         steepness: Exponent of the normalised score, see :func:`normalized`.
     """
 
@@ -116,7 +116,7 @@ def image_thresholds(bank: MemoryBank) -> dict[str, float]:
 
 
 def normalized(raw: Array, threshold: float, steepness: float) -> Array:
-    """Score in [0, 1) that means the same for all variants, 0.5 at the threshold.
+    """Score in [0, 1] that means the same for all variants, 0.5 at the threshold.
 
     Good images score `s` or more at the rate `false_alarm_rate ** -log2(1 - s)`, as far as the tail of good scores is
     as it seems: with 2 %, 0.75 means 0.04 %. Scores below 0.25 tell nothing. In the logarithm of the raw score it is
@@ -196,7 +196,7 @@ def _threshold(good: Array, rate: float, expected: float, variant: Variant) -> T
         value, tail = upper_limit(good, rate, expected)
     else:
         radii = variant.radii[1 : FIRST_RADII + 1]
-        scale = float(radii.mean()) if len(radii) else math.nan
+        scale = float(radii.mean()) if len(radii) else math.inf
         value, tail = scale * math.exp(SINGLE_OFFSET + SINGLE_TAIL * math.log(1 / rate)), SINGLE_TAIL
     return Threshold(value, math.log(2) / (math.log(1 / rate) * tail))
 

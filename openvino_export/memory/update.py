@@ -102,7 +102,9 @@ class Update:
             ValueError: If the embedding has another shape or another dimension than the bank's, is not finite or too
                 large, if the name is empty, or if the bank has no room for another variant. Nothing was learned then.
         """
-        patches = embedding.reshape(-1, embedding.shape[-1]) if embedding.ndim == 3 else embedding
+        patches = embedding
+        if embedding.ndim == 3:
+            patches = embedding.reshape(embedding.shape[0] * embedding.shape[1], embedding.shape[2])
         check_patches(patches, self._dimension(), self.bank.dtype)
         if image_hash is not None and self.knows(image_hash):
             return None

@@ -35,4 +35,4 @@ def memory_metrics(report: Report, bank: MemoryBank) -> dict[str, float]:
         values[f"image_threshold/{name}"] = decided.image.value
         values[f"pixel_threshold/{name}"] = decided.pixel.value
         values[f"good_images/{name}"] = decided.images
-    return {f"memory/{name}": float(value) for name, value in values.items() if not math.isnan(value)}
+    return {f"memory/{name}": float(value) for name, value in values.items() if math.isfinite(value)}
