@@ -92,6 +92,11 @@ class EdgeDetector:
         self._decider = self._saved = self._decider_of(read) if BANK in read.contents else None
         self._changing = threading.RLock()
 
+    @property
+    def bank(self) -> MemoryBank | None:
+        """What images are judged by; None for a model without a memory bank."""
+        return None if self._decider is None else self._decider.bank
+
     # Judging
 
     def predict(self, images: Source | Sequence[Source]) -> Any:  # noqa: ANN401  # one result or a list of them

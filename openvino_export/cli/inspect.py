@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,7 +63,8 @@ def watch(
 ) -> int:
     """Judge each new image of a folder once, as a camera fills it; what others learn meanwhile is taken up.
 
-    Writes one JSON line for each image, an unreadable one too, and goes on until it is interrupted. The lines are also
+    Writes one JSON line for each image, an unreadable one too, and goes on until it is interrupted. A line with
+    "drift": true is the first that shows that good parts no longer look as learned. The lines are also
     added to predictions.jsonl in the output folder, or in the watched one without it; images that are named there are
     not judged again when it is started anew, unless they have changed.
 
@@ -76,6 +78,7 @@ def watch(
     """
     from openvino_export.cli.overlay import refuse_output_among_images
     from openvino_export.detector import EdgeDetector
+    from openvino_export.drift import DriftMonitor
     from openvino_export.images import files_in
 
     if not Path(folder).is_dir():
@@ -85,10 +88,12 @@ def watch(
     watched = Path(folder).resolve()
     detector = EdgeDetector(bundle, device)
     anomalous, last_change = False, time.monotonic()
+    monitor = None if detector.bank is None else DriftMonitor(detector.bank)
     seen: dict[Path, list[int]] = {}  # size and time of change at the last look
     with _journal(Path(output or watched) / "predictions.jsonl") as (judged, add):
         while idle is None or time.monotonic() - last_change < idle:
-            detector.reload()
+            if detector.reload() and detector.bank is not None:
+                monitor = DriftMonitor(detector.bank)
             for path in files_in(watched):
                 try:
                     status = path.stat()
@@ -104,14 +109,22 @@ def watch(
                 try:
                     result = detector.predict(path)
                 except (OSError, ValueError) as error:
-                    line = {"source": str(path), "error": str(error)}
+                    line: dict[str, Any] = {"source": str(path), "error": str(error)}
                 else:
                     anomalous |= bool(result.pred_label)
                     line = prediction_line(result, str(path.relative_to(watched)), path, output)
+                    if monitor is not None and monitor.add(result):
+                        line["drift"] = True
+                        _warn_of_drift(str(result.variant))
                 print_line(line)
                 add({**line, "state": state})
             time.sleep(interval)
     return ANOMALOUS if anomalous else GOOD
+
+
+def _warn_of_drift(variant: str) -> None:
+    text = f"Good parts of {variant} no longer look as learned. See whether light, lens or supplier changed"
+    print(f"{text}; if they are right, learn some of them.", file=sys.stderr, flush=True)
 
 
 @contextmanager

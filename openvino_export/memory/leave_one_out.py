@@ -3,7 +3,8 @@
 
 Each vector knows the image that it came from. An image is scored by the vectors that did not come from it. A vector
 that did is not simply left out, for without the image another patch would have taken its place: it counts as farther
-away, by the distance to the nearest patch of another image that was seen, its stand-in.
+away, by the distance to the nearest patch of another image that was seen, its stand-in. If that lies straight behind,
+both distances add up; if it lies at a right angle, their squares do. STAND_IN_POWER is between.
 
 A variant is cut by prefix, so the score by its first `m` vectors is what the image would score if the variant had `m`.
 """
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
+# Chosen on real products, at 100 to 10,000 vectors each; see docs/benchmarks.md.
+STAND_IN_POWER = 4 / 3
 # Kept are the patches of an image that are farthest from all vectors, and from such a share of them.
 CALIBRATION_SHARES = tuple(0.5**k for k in range(8))
 PATCHES_BY_SHARE = 2
@@ -112,7 +115,8 @@ def prefix_distances(patches: Array, origins: NDArray[np.int32], variant: Varian
             np.maximum(table, 0, out=table)
             own = (origins[:, None] == variant.origins[first:last]) & (origins >= 0)[:, None]
             rows, columns = np.nonzero(own)
-            table[rows, columns] = (np.sqrt(table[rows, columns]) + variant.stand_ins[first:last][columns]) ** 2
+            both = np.sqrt(table[rows, columns]), variant.stand_ins[first:last][columns]
+            table[rows, columns] = sum(each**STAND_IN_POWER for each in both) ** (2 / STAND_IN_POWER)
             nearest = np.minimum(nearest, table.min(axis=1))
             first = last
         found[:, column] = nearest

@@ -115,6 +115,12 @@ def image_thresholds(bank: MemoryBank) -> dict[str, float]:
     return {name: thresholds(bank, name).image.value for name in bank.variants}
 
 
+def good_scores(bank: MemoryBank, name: str) -> Array:
+    """Normalised scores of the good images that the thresholds of a variant rest on, shape `(n,)`."""
+    image = thresholds(bank, name).image
+    return normalized(_scores(bank.variants[name])[0], image.value, image.steepness)
+
+
 def normalized(raw: Array, threshold: float, steepness: float) -> Array:
     """Score in [0, 1] that means the same for all variants, 0.5 at the threshold.
 

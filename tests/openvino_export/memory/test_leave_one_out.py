@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from openvino_export.anomaly_map import anomaly_maps
+from openvino_export.memory import leave_one_out
 from openvino_export.memory.leave_one_out import (
     CALIBRATION_PATCHES,
     CALIBRATION_SHARES,
@@ -47,7 +48,9 @@ from .banks import (
 def expected_distances(patches: Array, origins: NDArray[np.int32], variant: Variant) -> NDArray[np.float64]:
     """Distance of each patch to each vector, those of its own image moved away."""
     own = (origins[:, None] == variant.origins) & (origins[:, None] >= 0)
-    return all_distances(patches, variant.vectors) + np.where(own, variant.stand_ins.astype(np.float64), 0)
+    farther = np.where(own, variant.stand_ins.astype(np.float64), 0)
+    power = leave_one_out.STAND_IN_POWER
+    return (all_distances(patches, variant.vectors) ** power + farther**power) ** (1 / power)
 
 
 # Distances
@@ -89,14 +92,14 @@ def test_distances_are_those_of_brute_force(
 
 
 def test_own_vectors_count_as_farther() -> None:
-    """By hand: the distance and what stands in, if no vector of another image is nearer."""
+    """By hand: by the distance of what stands in, if no vector of another image is nearer."""
     variant = of_vectors(
         np.array([[0, 0], [5, 0], [0, 12]], np.float32), np.array([0, 1, -1], np.int32), np.array([2, np.inf, 1], "f4")
     )
     patches = np.array([[1, 0], [1, 0], [1, 0], [5, 12]], np.float32)
     found = prefix_distances(patches, np.array([0, 1, -1, 1], np.int32), variant, [0, 1, 2, 3])
     expected = [
-        [np.inf, 3, 3, 3],
+        [np.inf, *[(1 + 2 ** (4 / 3)) ** (3 / 4)] * 3],
         [np.inf, 1, 1, 1],
         [np.inf, 1, 1, 1],
         [np.inf, 13, 13, 5],  # its own is infinitely far
