@@ -15,6 +15,7 @@ from .bundle import ir
 from .bundle.constants import CONSTANTS, graph_tables, variant_capacity
 from .bundle.folder import BANK, Bundle, BundleError
 from .decision import Decider, Prediction, check_finite
+from .drift import DriftMonitor
 from .images import image_hash, load, resize
 from .memory import state
 from .memory.guard import hold_back
@@ -92,10 +93,11 @@ class EdgeDetector:
         self._decider = self._saved = self._decider_of(read) if BANK in read.contents else None
         self._changing = threading.RLock()
 
-    @property
-    def bank(self) -> MemoryBank | None:
-        """What images are judged by; None for a model without a memory bank."""
-        return None if self._decider is None else self._decider.bank
+    def drift_monitor(self) -> DriftMonitor | None:
+        """A monitor of what is known now; None without a memory bank, or for scores of a former version."""
+        if self._decider is None or self._bundle.metadata.get("score") != "rate":
+            return None
+        return DriftMonitor(self._decider.bank)
 
     # Judging
 

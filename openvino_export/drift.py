@@ -62,7 +62,7 @@ class DriftMonitor:
             Whether this part is the first to show that parts of its variant have drifted.
         """
         variant, score = prediction.variant, prediction.pred_score
-        if variant is None or prediction.pred_label is not False or not prediction.is_sure or score > LIMIT:
+        if variant not in self._known or prediction.pred_label is not False or not prediction.is_sure or score > LIMIT:
             return False
         known = self._known[variant]
         higher, equal = sum(other > score for other in known), sum(other == score for other in known)

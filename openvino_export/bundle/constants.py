@@ -82,7 +82,10 @@ def threshold_tables(bank: MemoryBank, capacity: int, by_range: bool = False) ->
         decided = thresholds(bank, variant)
         for kind, threshold in (("image", decided.image), ("pixel", decided.pixel)):
             value = threshold.value
-            tables[kind][position] = (value, 0, 2 * value) if by_range else (value, threshold.steepness)
+            if not by_range:
+                tables[kind][position] = (value, threshold.steepness)
+            elif np.isfinite(value):
+                tables[kind][position] = (value, 0, 2 * value)
     return {f"{kind}_values": table for kind, table in tables.items()}
 
 

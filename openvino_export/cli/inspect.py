@@ -78,7 +78,6 @@ def watch(
     """
     from openvino_export.cli.overlay import refuse_output_among_images
     from openvino_export.detector import EdgeDetector
-    from openvino_export.drift import DriftMonitor
     from openvino_export.images import files_in
 
     if not Path(folder).is_dir():
@@ -88,12 +87,12 @@ def watch(
     watched = Path(folder).resolve()
     detector = EdgeDetector(bundle, device)
     anomalous, last_change = False, time.monotonic()
-    monitor = None if detector.bank is None else DriftMonitor(detector.bank)
+    monitor = detector.drift_monitor()
     seen: dict[Path, list[int]] = {}  # size and time of change at the last look
     with _journal(Path(output or watched) / "predictions.jsonl") as (judged, add):
         while idle is None or time.monotonic() - last_change < idle:
-            if detector.reload() and detector.bank is not None:
-                monitor = DriftMonitor(detector.bank)
+            if detector.reload():
+                monitor = detector.drift_monitor()
             for path in files_in(watched):
                 try:
                     status = path.stat()

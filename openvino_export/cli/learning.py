@@ -80,8 +80,11 @@ def set_decision(
         if variant in {None, name}:
             print_line({"variant": name, **{key: known[key] for key in keys}})
             if not known["by_hand"] and known["false_alarm_rate"] < known["smallest_rate"]:
-                text = f"{name}: {known['rests_on_images']} good images support rates down to"
-                print(f"{text} {known['smallest_rate']:.3f}; the threshold is extrapolated.", file=sys.stderr)
+                text = (
+                    f"{name}: {known['rests_on_images']} good images support rates down to "
+                    f"{known['smallest_rate']:.3f}; the threshold is extrapolated."
+                )
+                print(text, file=sys.stderr)
     return GOOD
 
 
@@ -98,7 +101,7 @@ def info(bundle: str) -> int:
 
 
 def undo(bundle: str) -> int:
-    """Bring back the bundle as it was before the last learning; a second time, bring the learning back.
+    """Bring back the bundle as it was before the last learn or set; a second time, bring that back.
 
     Args:
         bundle: Folder that the export to openvino has written.

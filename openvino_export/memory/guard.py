@@ -27,7 +27,7 @@ def excess(
         patches: Patch embeddings of the image, shape `(n, d)`.
         variant: Name of the variant that it is said to be of; found by the bank if not given.
         bank: What is known.
-        thresholds: Image threshold of each variant; NaN where unknown.
+        thresholds: Image threshold of each variant; infinite where unknown.
 
     Returns:
         The multiple; 0 if nothing is known of the variant.

@@ -47,20 +47,20 @@ VALIDATION_IMAGES = 32  # of each label
 SHARE_POWER = 4.0
 # That is measured in the geometric mean of how much the logarithms of good scores spread and of how much they do so
 # typically: the products whose good scores spread least are the most sensitive, but of few images a spread is a guess.
-EXPECTED_SPREAD = 0.12
-# Before a variant has told: its scores fall by this multiple of the unit as the number of vectors grows e-fold. It
+TYPICAL_SPREAD = 0.12
+# Before a variant has told: its scores fall by this multiple of that mean as the number of vectors grows e-fold. It
 # weighs as much as a few images.
 EXPECTED_FALL = 1.0
 EXPECTATION_WEIGHT = 4.0
 # A curve is fitted from so many vectors on.
 FIRST_MARK = 50
 CURVE_POINTS = 32
-# A variant has as many vectors as it wants when all that there are would lower scores by less than this multiple.
+# A variant has as many vectors as it wants when all that it ever had would lower scores by less than this multiple.
 ENOUGH = 1.0
 
 
 class Sample(NamedTuple):
-    """An image that was learned, as long as its variant is not in the bank yet.
+    """An image that was learned, while the pool of its variant is open.
 
     Attributes:
         origin: Its number in the variant.
@@ -134,7 +134,7 @@ def kept_patches(variant: Variant, sample: Sample) -> tuple[Array, Array]:
         Patches, shape `(CALIBRATION_PATCHES, d)`, and factors, shape `(2,)`; see :class:`Calibration`.
     """
     size = len(variant.radii)
-    if not (variant.origins != sample.origin).any() and not np.isfinite(variant.stand_ins).any():
+    if sample.origin >= 0 and not (variant.origins != sample.origin).any() and not np.isfinite(variant.stand_ins).any():
         # The only image so far: nothing tells how far its patches are from others, so those that differ most are kept.
         picks = farthest_first(sample.patches.astype(np.float32), CALIBRATION_PATCHES)[0]
         picks = np.pad(picks, (0, CALIBRATION_PATCHES - len(picks)), mode="edge")
@@ -222,48 +222,70 @@ def image_curves(variant: Variant, calibration: Calibration, marks: Sequence[int
     return distances.reshape(-1, CALIBRATION_PATCHES, len(marks)).max(axis=1)
 
 
-def gains(variant: Variant) -> tuple[Array, int]:
+class Worth(NamedTuple):
+    """What the vectors of a variant are worth; the names are those of :class:`Variant`."""
+
+    gains: Array
+    wanted: int
+    floor: float
+
+
+def worth(variant: Variant) -> Worth:
     """What each vector of a variant is worth.
 
     A parabola is fitted to the mean logarithm of the scores of good images, over the logarithm of the number of
     vectors: measured points are uneven, and a share that hangs on one of them would jump.
 
-    Returns:
-        By how much each vector lowers what the budget is to lower, never rising, shape `(n,)`; and the number of
-        vectors that the variant wants.
+    Args:
+        variant: The variant, as it comes from its pool. Its `floor` and `wanted` are those of before, for a variant
+            that was cut has forgotten how low scores can be.
     """
     size = len(variant.radii)
-    bend, fall = _fit(variant)
+    bend, fall, above, floor = _fit(variant)
     logs = np.log(np.arange(1, size + 1))
     levels = bend * logs**2 + fall * logs
-    excess = np.maximum(levels - levels[-1], 0)
+    excess = np.maximum(levels - levels[-1], 0) + above
     steps = np.maximum(-(2 * bend * logs + fall), 1e-3) / np.exp(logs)
     each = SHARE_POWER * (1 + excess) ** (SHARE_POWER - 1) * steps
     each = np.maximum.accumulate(each[::-1])[::-1].astype(np.float32)
     each[0] = np.inf  # not even one vector is left to chance
-    return each, int(np.flatnonzero(excess <= ENOUGH)[0]) + 1
+    enough = np.flatnonzero(excess <= ENOUGH)
+    return Worth(each, int(enough[0]) + 1 if len(enough) else max(size, variant.wanted), floor)
 
 
-def _fit(variant: Variant) -> tuple[float, float]:
-    """Coefficients of the square and of the logarithm itself, in units of the spread of scores."""
+def _fit(variant: Variant) -> tuple[float, float, float, float]:
+    """What is known of the curve of a variant.
+
+    Returns:
+        Coefficients of the square and of the logarithm itself, and how far the end of the curve is above the lowest
+        that it ever was, in units of the spread of scores; and that lowest, as a mean logarithm, NaN if unknown.
+    """
     size, calibration = len(variant.radii), variant.calibration
     if calibration is None or size < 2 * FIRST_MARK:
-        return 0.0, -EXPECTED_FALL
+        return 0.0, -EXPECTED_FALL, 0.0, variant.floor
     good = ~calibration.labels
     part = Calibration(**{key: value[good] for key, value in vars(calibration).items()})
     marks = np.unique(np.geomspace(FIRST_MARK, size, CURVE_POINTS).astype(int))
     curves = image_curves(variant, part, marks.tolist())
     curves = np.log(np.maximum(curves[np.isfinite(curves).all(axis=1)], 1e-12))
     if len(curves) < 2:  # the spread of one is unknown
-        return 0.0, -EXPECTED_FALL
-    unit = math.sqrt(log_spread(curves[:, -1], EXPECTED_SPREAD) * EXPECTED_SPREAD)
+        return 0.0, -EXPECTED_FALL, 0.0, variant.floor
+    unit = math.sqrt(log_spread(curves[:, -1], TYPICAL_SPREAD) * TYPICAL_SPREAD)
     bend, fall, _ = np.polyfit(np.log(marks), curves.mean(axis=0) / unit, 2)
     weight = len(curves) / (len(curves) + EXPECTATION_WEIGHT)
-    return weight * float(bend), weight * float(fall) - (1 - weight) * EXPECTED_FALL
+    end = float(curves[:, -1].mean())
+    floor = float(np.fmin(end, variant.floor))
+    above = weight * (end - floor) / unit
+    return weight * float(bend), weight * float(fall) - (1 - weight) * EXPECTED_FALL, above, floor
 
 
 def log_spread(logs: NDArray[np.floating], expected: float) -> float:
-    """Standard deviation of the logarithms of scores, drawn to an expected one as if by a few more images."""
+    """Standard deviation of the logarithms of scores, drawn to an expected one as if by a few more images.
+
+    Scores far below the others, as those of twins of a learned image, say nothing of how high scores go: they count as
+    three times the expected one below the middle.
+    """
+    logs = np.maximum(logs, np.median(logs) - 3 * expected)
     squares = ((logs - logs.mean()) ** 2).sum() + EXPECTATION_WEIGHT * expected**2
     return math.sqrt(squares / (len(logs) - 1 + EXPECTATION_WEIGHT))
 

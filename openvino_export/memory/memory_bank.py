@@ -126,9 +126,10 @@ class MemoryBank:
             bank.false_alarm_rate, rate = rate, None
         by_hand = None if threshold is None else (threshold, np.nan)
         chosen = self.variants if variant is None else {variant: self.variants[variant]}
-        changed = {
-            name: replace(each, false_alarm_rate=rate, by_hand=by_hand, former=None) for name, each in chosen.items()
-        }
+        changes: dict[str, Any] = {"by_hand": by_hand}
+        if threshold is None:
+            changes |= {"false_alarm_rate": rate, "former": None}
+        changed = {name: replace(each, **changes) for name, each in chosen.items()}
         bank.variants = {**self.variants, **changed}
         return bank
 

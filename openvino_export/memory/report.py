@@ -85,18 +85,19 @@ def advice(bank: MemoryBank, learned: Collection[str]) -> list[str]:
     sentences = []
     for name in learned:
         # The first image is scored once there is another.
-        images = max(thresholds(bank, name).images, min(1, bank.variants[name].images))
-        if images < SURE_IMAGES:
+        decided = thresholds(bank, name)
+        images = max(decided.images, min(1, bank.variants[name].images))
+        if not decided.is_sure():
             sentences.append(
                 f"The threshold of {name} rests on {images} good images and is a guess; "
                 f"{SURE_IMAGES - images} more make it sure."
             )
     short = {name: each for name, each in bank.variants.items() if STARVED * len(each.radii) < each.wanted}
     if short:
-        lacking = ", ".join(f"{name} {len(each.radii)} of {each.wanted}" for name, each in short.items())
+        lacking = ", ".join(f"{name} has {len(each.radii)} of {each.wanted}" for name, each in short.items())
         enough = sum(max(len(each.radii), each.wanted) for each in bank.variants.values())
         sentences.append(
-            f"The memory is too small for what it holds. Of the vectors that they need have {lacking}. "
-            f"Give it a memory_size of {enough} at least."
+            f"The memory is too small for what it holds: {lacking} vectors that it needs. "
+            f"A model that learns all of it anew wants a memory_size of {enough} at least."
         )
     return sentences

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .leave_one_out import CALIBRATION_PATCHES, gains, no_images
+from .leave_one_out import CALIBRATION_PATCHES, no_images, worth
 from .memory_bank import MemoryBank
 from .patch_pool import LISTS, PatchPool
 from .state_2 import upgraded
@@ -79,6 +79,7 @@ def to_arrays(known: MemoryBank | Update) -> tuple[dict[str, NDArray[Any]], dict
                 "images": variant.images,
                 "spread": variant.spread,
                 "wanted": variant.wanted,
+                "floor": None if math.isnan(variant.floor) else variant.floor,
                 "calibration_images": len(variant.calibration.labels) if variant.calibration else 0,
                 "false_alarm_rate": variant.false_alarm_rate,
                 "by_hand": variant.by_hand and [None if math.isnan(value) else value for value in variant.by_hand],
@@ -152,13 +153,14 @@ def _variants(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> d
             prototype=np.array(arrays["prototypes"][position]),
             spread=entry["spread"],
             wanted=entry["wanted"],
+            floor=math.nan if entry["floor"] is None else entry["floor"],
             calibration=calibration,
             false_alarm_rate=entry["false_alarm_rate"],
             by_hand=(by_hand[0], by_hand[1]) if by_hand else None,
             former=(former[0], former[1], former[2]) if former else None,
         )
-        if not len(variant.gains) or np.isnan(variant.gains).all():  # of a version that divided by radius
-            variant = replace(variant, gains=gains(replace(variant, calibration=None))[0], wanted=0)
+        if np.isnan(variant.gains).all():  # of a version that divided by radius
+            variant = replace(variant, gains=worth(replace(variant, calibration=None)).gains, wanted=0)
         variants[entry["name"]] = variant
     return variants
 
@@ -267,6 +269,8 @@ def _problems_of_variant(
         problems.append(f"gains of {name} do not fall from infinity")
     if not (stand_ins >= 0).all():
         problems.append(f"stand_ins of {name} are negative or NaN")
+    if entry["floor"] is not None and not math.isfinite(entry["floor"]):
+        problems.append(f"floor of {name} is not finite")
     if not all(entry[key] >= 0 for key in ("resolution", "spread", "images", "wanted")):
         problems.append(f"resolution, spread, images or wanted of {name} are out of range")
     rate = entry["false_alarm_rate"]

@@ -67,7 +67,14 @@ def upgraded(
             float(arrays["calibration_margins"][position]),
             arrays["novelties"][last],
         )
-        entries.append({**entry, "wanted": 0, "false_alarm_rate": None, "by_hand": None, "former": former})
+        entries.append({
+            **entry,
+            "wanted": 0,
+            "floor": None,
+            "false_alarm_rate": None,
+            "by_hand": None,
+            "former": former,
+        })
     streams = [{**stream, "samples": []} for stream in plain["streams"]]
     return new, {**plain, "false_alarm_rate": FALSE_ALARM_RATE, "variants": entries, "streams": streams}
 

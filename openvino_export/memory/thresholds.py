@@ -232,6 +232,8 @@ def _scores(variant: Variant) -> tuple[Array, Array, Array]:
     known = np.isfinite(calibration.scores)
     good, defective = known & ~calibration.labels, known & calibration.labels
     factors = calibration.factors[:, 1] / calibration.factors[:, 0]
+    told = factors != 1  # 1 where it is unknown
+    factors = np.where(told, factors, np.median(factors[told]) if told.any() else 1).astype(np.float32)
     return calibration.scores[good], calibration.scores[defective], factors[good]
 
 

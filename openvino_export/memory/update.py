@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .leave_one_out import calibration_of, gains, joined, no_images, scored
+from .leave_one_out import calibration_of, joined, no_images, scored, worth
 from .memory_bank import check_patches, identify
 from .patch_pool import PatchPool
 from .report import Report
@@ -206,8 +206,9 @@ class Update:
             by_hand=known.by_hand if known else None,
             former=known.former if known else None,
         )
-        worth, wanted = gains(variant)
-        variant = replace(variant, gains=worth, wanted=wanted)
+        if known is not None:
+            variant = replace(variant, wanted=known.wanted, floor=known.floor)
+        variant = replace(variant, **worth(variant)._asdict())
         self.bank = bank.with_variants({pool.name: variant}, np.array(pool.hashes, np.int64))
         del self.pools[pool.name]
         self.report.variants[pool.name] += pool.images

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -57,13 +58,15 @@ class Variant:
         radii: Insertion radius of each vector, shape `(n,)`; the first is infinite.
         cover_radii: Largest distance from each vector to a learned patch that it stands for, shape `(n,)`.
         origins: Number, in the variant, of the image that each vector came from, shape `(n,)`; -1 where unknown.
-        stand_ins: Distance from each vector to the nearest patch of another image that was seen, shape `(n,)`.
-        gains: By how much each vector helps, never rising, shape `(n,)`: what the budget is divided by.
+        stand_ins: Distance from each vector to a patch of another image, about the nearest that was seen, shape `(n,)`.
+        gains: By how much each vector lowers what the budget is to lower, see `leave_one_out.py`; never rising, shape
+            `(n,)`.
         merge_radius: Distance up to which a patch counts as known; 0 until the first vector was dropped.
         images: Number of images learned.
         prototype: Mean patch embedding, shape `(d,)`.
         spread: Mean distance of a patch to the prototype.
         wanted: Number of vectors beyond which good images would hardly score lower; 0 if unknown.
+        floor: Lowest mean logarithm of the scores of good images that the variant ever had; NaN if unknown.
         calibration: Images by which the variant judges itself.
         false_alarm_rate: Share of good images that may be called anomalous, if it is not that of the bank.
         by_hand: Threshold of the image score and of the anomaly map in place of those that follow from good images.
@@ -81,6 +84,7 @@ class Variant:
     prototype: Array
     spread: float
     wanted: int = 0
+    floor: float = math.nan
     calibration: Calibration | None = None
     false_alarm_rate: float | None = None
     by_hand: tuple[float, float] | None = None

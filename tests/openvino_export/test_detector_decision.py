@@ -65,6 +65,10 @@ def test_a_threshold_by_hand(bundle: Path, tested: list[Path], good: dict[str, l
     assert results
     assert not any(one.pred_label for one in results)
     assert_same(detector.predict(tested), whole(bundle, tested))
+    detector.set_decision("stripes", false_alarm_rate=0.3)
+    detector.set_decision("stripes", threshold=100 * before)
+    known = detector.info()["variants"]["stripes"]
+    assert (known["false_alarm_rate"], known["by_hand"]) == (0.3, True), "the rate, and with it the map's, remains"
     detector.set_decision("stripes")
     assert threshold(detector) == pytest.approx(before, rel=0.1)
     assert not detector.info()["variants"]["stripes"]["by_hand"]

@@ -58,7 +58,8 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         memory_size: Largest number of vectors in the memory bank, for all variants together. A checkpoint that is
             loaded brings its own, and its own precision.
         num_neighbors: Neighbors that weigh the image score. With the default of 1 the score is the largest patch
-            distance, which no later learning can raise by more than the radius bound; weighing breaks that promise.
+            distance, which no later learning can raise by more than the radius bound; weighing breaks that promise, and
+            `false_alarm_rate` holds without it only.
         false_alarm_rate: Share of good images that may be called anomalous. By default 0.02, or that of a checkpoint
             that is loaded.
         variant: Name of the variant that is learned. By default it is the category or the name of the datamodule,
@@ -251,7 +252,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
     def set_decision(
         self, variant: str | None = None, *, false_alarm_rate: float | None = None, threshold: float | None = None
     ) -> None:
-        """Decide by another false-alarm rate, or a threshold set by hand; as :meth:`EdgeDetector.set_decision`."""
+        """Decide by another rate, or a threshold set by hand; as :meth:`EdgeDetector.set_decision`."""
         self.model.set_decision(variant, false_alarm_rate, threshold)
         self._refresh()
 
@@ -265,8 +266,8 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.variant is None and isinstance(datamodule, MultiCategory):
             return list(datamodule.categories_of(cast("Any", batch).image_path))
-        label = getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
-        return [label if self.variant is None else self.variant] * len(cast("torch.Tensor", batch.image))
+        label = self.variant or getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
+        return [label] * len(cast("torch.Tensor", batch.image))
 
     # Thresholds
 
@@ -290,11 +291,10 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         embedding = self._search_and_score(batch)
         if batch.gt_label is None:
             return batch
-        bank = self.model.searched
-        found = [list(bank.variants)[i] for i in cast("Any", batch).variant.tolist()]
-        variants = [label or other for label, other in zip(self._labels(batch), found, strict=True)]
-        size = cast("torch.Tensor", batch.image).shape[-2:]
-        self._validated.add(bank, variants, batch.gt_label.tolist(), embedding.cpu().numpy(), (size[0], size[1]))
+        pairs = zip(self._labels(batch), cast("Any", batch).variant.tolist(), strict=True)
+        variants = [label or list(self.model.searched.variants)[position] for label, position in pairs]
+        arrays = (each.float().cpu().numpy() for each in (embedding, cast("Any", batch).image))
+        self._validated.add(self.model.searched, variants, batch.gt_label.tolist(), *arrays)
         return batch
 
     def _score(self, batch: Batch) -> Batch:

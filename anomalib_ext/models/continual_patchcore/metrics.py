@@ -16,8 +16,8 @@ def memory_metrics(report: Report, bank: MemoryBank) -> dict[str, float]:
         bank: What it led to.
 
     Returns:
-        Values by name, such as ``memory/vectors`` and ``memory/share/<variant>``. Thresholds that are not known, as
-        that of pixels without masks, are left out.
+        Values by name, such as ``memory/vectors`` and ``memory/share/<variant>``, without thresholds that are not
+        known.
     """
     values: dict[str, float] = {
         "vectors": report.num_vectors,

@@ -213,12 +213,16 @@ class ContinualPatchCoreModel(nn.Module):
         """The bank, in the middle of an update all of that, and what it depends on, as tensors and plain data."""
         arrays, plain = state.to_arrays(self.update or self.interrupted or self.bank)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {"backbone": self.backbone, "layers": self.layers, "tensors": tensors, "plain": plain}
+        asked = {"backbone": self.backbone, "layers": self.layers, "false_alarm_rate": self.false_alarm_rate}
+        return {**asked, "tensors": tensors, "plain": plain}
 
     def set_extra_state(self, saved: dict[str, Any]) -> None:
         """Load what :meth:`get_extra_state` gave; see :meth:`read_state` for errors."""
         own, loaded = self.bank, self.read_state(saved)
-        if self.false_alarm_rate is not None:
+        if self.false_alarm_rate not in {
+            None,
+            saved.get("false_alarm_rate"),
+        }:  # another one than the state was made with
             loaded.bank = loaded.bank.with_decision(false_alarm_rate=self.false_alarm_rate)
         self.bank, self.update, self.interrupted = loaded.bank, None, None
         if loaded.pools:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from openvino_export.images import image_hash
 from openvino_export.memory.leave_one_out import Sample, kept_patches
 from openvino_export.memory.memory_bank import MemoryBank
 from openvino_export.memory.variant import Calibration
@@ -26,19 +27,21 @@ class ValidatedImages:
         variants: Sequence[str],
         labels: Sequence[bool],
         embeddings: Array,
-        map_size: tuple[int, int],
+        images: Array,
     ) -> None:
-        """Keep what sets thresholds of images; those of a variant that is not in the bank set none.
+        """Keep what sets thresholds of images; those that were learned, or of a variant that is unknown, set none.
 
         Args:
             bank: Bank that scored them.
             variants: Variant of each image.
             labels: Whether each image is anomalous.
             embeddings: Patch embeddings, shape ``(B, h, w, d)``.
-            map_size: Height and width of the anomaly maps.
+            images: What they are embeddings of, normalised, shape ``(B, 3, H, W)``.
         """
-        for name, label, embedding in zip(variants, labels, embeddings, strict=True):
-            if name in bank.variants:
+        learned = set(bank.image_hashes.tolist())
+        map_size = (images.shape[2], images.shape[3])
+        for name, label, embedding, image in zip(variants, labels, embeddings, images, strict=True):
+            if name in bank.variants and image_hash(image) not in learned:
                 rows, columns, dimension = embedding.shape
                 sample = Sample(-1, embedding.reshape(-1, dimension), (rows, columns), map_size)
                 self._kept[name].append((*kept_patches(bank.variants[name], sample), bool(label)))

@@ -273,3 +273,15 @@ def test_the_false_alarm_rate_of_a_checkpoint(trained: Trained, make_tiny: Make)
         assert other.model.bank.false_alarm_rate == expected
     before = model.post_processor.image_values[:, 0]
     assert (other.post_processor.image_values[:, 0] > before).all(), "a lower rate has higher thresholds"
+
+
+def test_what_was_set_survives_loading(trained: Trained, make_tiny: Make) -> None:
+    """Also into a model that was made with the rate that the first one was made with."""
+    model = make_tiny(false_alarm_rate=0.02)
+    model.load_state_dict(copy.deepcopy(trained[0].state_dict()))
+    model.set_decision(false_alarm_rate=0.1)
+    model.set_decision("stripes", threshold=5.0)
+    other = make_tiny(false_alarm_rate=0.02)
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert other.model.bank.false_alarm_rate == pytest.approx(0.1)
+    assert float(other.post_processor.image_values[0, 0]) == pytest.approx(5)

@@ -182,3 +182,12 @@ def test_prediction_of_files(model: ContinualPatchCore, products: Path, make_eng
     ):
         labels = [batch.pred_label for batch in make_engine().predict(model, **kwargs)]
         assert torch.cat(labels).tolist() == [True] * count
+
+
+def test_learned_images_do_not_validate(model: ContinualPatchCore, tensors: Make, make_engine: Make) -> None:
+    """They score nearly nothing, so a validation passes them over."""
+    images = torch.cat([tensors("dots")[:4], tensors("dots", "test/good")])
+    batch = ImageBatch(image=images, gt_label=torch.zeros(10, dtype=torch.bool))
+    model.variant = "dots"
+    make_engine().validate(model, DataLoader([batch], batch_size=None, collate_fn=lambda one: one))
+    assert (model.model.bank.variants["dots"].calibration.origins < 0).sum() == 6

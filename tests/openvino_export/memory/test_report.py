@@ -60,10 +60,10 @@ def test_advice_on_a_small_memory() -> None:
     (sentence,) = update.commit().advice
     counts = {name: (len(each.radii), each.wanted) for name, each in update.bank.variants.items()}
     for name, (held, wanted) in counts.items():
-        assert (f"{name} {held} of {wanted}" in sentence) == (2 * held < wanted)
+        assert (f"{name} has {held} of {wanted}" in sentence) == (2 * held < wanted)
     enough = sum(max(both) for both in counts.values())
     assert enough > 100
-    assert f"Give it a memory_size of {enough} at least." in sentence
+    assert f"wants a memory_size of {enough} at least." in sentence
     assert all_learned(1000).commit().advice == []
 
 

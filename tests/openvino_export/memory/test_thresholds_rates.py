@@ -152,3 +152,13 @@ def test_a_score_means_the_same_for_all_variants() -> None:
         assert rarer == pytest.approx(at_smallest * math.exp(tail * math.log(1 / 61 / 0.0004)), rel=1e-5)
         raw = np.array([image.value * 50**tail], np.float32)
         assert normalized(raw, image.value, image.steepness) == pytest.approx(0.75, abs=1e-4)
+
+
+def test_scores_far_below_do_not_raise_the_limit() -> None:
+    """As those of twins of a learned image, or of none at all."""
+    scores = np.random.default_rng(0).normal(30, 1, 12).astype(np.float32)
+    limit = upper_limit(scores, 0.02, 0.15)[0]
+    for low in (3.0, 0.0):
+        lower = scores.copy()
+        lower[:2] = low
+        assert upper_limit(lower, 0.02, 0.15)[0] < 1.4 * limit
