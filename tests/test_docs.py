@@ -80,6 +80,7 @@ SMALLER = {
     "--mixed false --shots '[]' --data.root datasets --drifts '{}'",
     "anomalib-ext finetune": FINETUNE,
     "python tests/benchmarks/continual.py": "--products '[hazelnut, pill]' --sizes '[50]' --orders 2",
+    "python tests/benchmarks/drift.py": "--products '[pill]' --runs 1",
     "python tests/benchmarks/decisions.py": "--products '[hazelnut, pill]' --sizes '[50]' --images '[2]' --draws 1",
     "python tests/benchmarks/synthesis.py": "--count 2 --sides '[64]'",
 }
@@ -91,6 +92,8 @@ SLOW = (
     "anomalib train --config configs/model/crr.yaml",
     "anomalib train --model Crr --model.head_width",
     "anomalib train --model Padim",
+    "python tests/benchmarks/decisions.py",
+    "python tests/benchmarks/drift.py",
 )
 
 

@@ -121,13 +121,14 @@ class MemoryBank:
             msg = f"A threshold must be above 0 and finite, got {threshold}."
             raise ValueError(msg)
         rate = None if false_alarm_rate is None else check_rate(false_alarm_rate)
+        keeps_rate = threshold is not None and rate is None
         bank = copy.copy(self)
         if variant is None and rate is not None:
             bank.false_alarm_rate, rate = rate, None
         by_hand = None if threshold is None else (threshold, np.nan)
         chosen = self.variants if variant is None else {variant: self.variants[variant]}
         changes: dict[str, Any] = {"by_hand": by_hand}
-        if threshold is None:
+        if not keeps_rate:
             changes |= {"false_alarm_rate": rate, "former": None}
         changed = {name: replace(each, **changes) for name, each in chosen.items()}
         bank.variants = {**self.variants, **changed}

@@ -55,9 +55,10 @@ def run(root: Path, name: str, runs: int) -> Iterator[dict[str, Any]]:
     """Watch a product without a change, and with each kind of drift."""
     train = sorted((root / name / "train" / "good").iterdir())
     order = np.random.default_rng(0).permutation(len(train))
+    left = min(LEFT, len(train) // 2)
     model = ContinualPatchCore(evaluator=False, visualizer=False).eval()
-    model.partial_fit([train[i] for i in order[LEFT:]], name)
-    paths = [train[i] for i in order[:LEFT]] + sorted((root / name / "test" / "good").iterdir())
+    model.partial_fit([train[i] for i in order[left:]], name)
+    paths = [train[i] for i in order[:left]] + sorted((root / name / "test" / "good").iterdir())
     images = [torch.from_numpy(load(path)) for path in paths]
     steady = normalised_scores(model, images, name)
     for number in range(runs):

@@ -243,6 +243,7 @@ def test_configuration(products: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert (data.name, list(data.datamodules)) == ("MVTecAD", ["bottle", "pill"])
 
 
+@pytest.mark.slow
 def test_command_line_of_anomalib(
     products: Path,
     tmp_path: Path,

@@ -271,7 +271,8 @@ def test_what_decides_and_whether_it_is_sure(kind: str) -> None:
         for which, threshold in (("image", decided.image), ("pixel", decided.pixel)):
             value = threshold.value
             np.testing.assert_allclose(by_rate.ranges[which][position], [value, threshold.steepness], rtol=1e-6)
-            np.testing.assert_allclose(by_range.ranges[which][position], [value, 0, 2 * value], rtol=1e-6)
+            expected = [value, 0, 2 * value] if np.isfinite(value) else [np.nan] * 3
+            np.testing.assert_allclose(by_range.ranges[which][position], expected, rtol=1e-6)
         embedding = around(name, 91, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH, DIMENSION)
         predictions = [decider.decide(embedding, (20, 30)) for decider in (by_rate, by_range)]
         assert {each.is_sure for each in predictions} == {decided.is_sure()}
