@@ -125,7 +125,7 @@ def _without_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
 # Training
 
 
-@pytest.mark.parametrize("make", [make_rd, make_het])
+@pytest.mark.parametrize("make", [make_rd, pytest.param(make_het, marks=pytest.mark.slow)])
 def test_resuming_after_a_kill_gives_the_same_end(make: Make, make_data: Make, make_engine: Make) -> None:
     """Every tensor is the same as without the kill, whatever the seed of the second start."""
     kwargs = {"max_epochs": 2, "limit_train_batches": 2, "limit_val_batches": 1}

@@ -207,7 +207,7 @@ def test_two_stages_in_one_fit(make_data: Make, make_engine: Make) -> None:
     assert len(set(watch.first[11:])) == 1
 
 
-@pytest.mark.parametrize(("epoch", "workers"), [(1, 1), (3, 0)])
+@pytest.mark.parametrize(("epoch", "workers"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 0)])
 def test_resuming_in_either_stage_gives_the_same_end(
     epoch: int, workers: int, make_data: Make, make_engine: Make
 ) -> None:
