@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the false-alarm rate and thresholds by hand at the edge: in the bundle, in model.xml, and back again."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -112,3 +113,12 @@ def test_without_a_memory_bank(without_bank: Path, tmp_path: Path) -> None:
     detector = EdgeDetector(shutil.copytree(without_bank, tmp_path / "copy"))
     with pytest.raises(BundleError, match="has no memory bank"):
         detector.set_decision(false_alarm_rate=0.1)
+
+
+def test_scores_of_a_former_version_are_not_watched(bundle: Path, without_bank: Path) -> None:
+    """They are no rates, so a monitor would take every part for a drifted one."""
+    assert EdgeDetector(bundle).drift_monitor() is not None
+    assert EdgeDetector(without_bank).drift_monitor() is None
+    metadata = json.loads((bundle / "metadata.json").read_text())
+    (bundle / "metadata.json").write_text(json.dumps({key: metadata[key] for key in metadata if key != "score"}))
+    assert EdgeDetector(bundle).drift_monitor() is None

@@ -219,11 +219,9 @@ class ContinualPatchCoreModel(nn.Module):
     def set_extra_state(self, saved: dict[str, Any]) -> None:
         """Load what :meth:`get_extra_state` gave; see :meth:`read_state` for errors."""
         own, loaded = self.bank, self.read_state(saved)
-        if self.false_alarm_rate not in {
-            None,
-            saved.get("false_alarm_rate"),
-        }:  # another one than the state was made with
-            loaded.bank = loaded.bank.with_decision(false_alarm_rate=self.false_alarm_rate)
+        asked, before = self.false_alarm_rate, saved.get("false_alarm_rate")
+        if asked is not None and asked != before:  # else what was set since the state was made would be lost
+            loaded.bank = loaded.bank.with_decision(false_alarm_rate=asked)
         self.bank, self.update, self.interrupted = loaded.bank, None, None
         if loaded.pools:
             self.interrupted = loaded

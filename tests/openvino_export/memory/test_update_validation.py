@@ -83,3 +83,38 @@ def test_validation_while_a_pool_is_open() -> None:
     scores = variant.calibration.scores[variant.calibration.origins < 0]
     expected = [distances_between(image, variant.vectors).max() for image in images]
     np.testing.assert_allclose(scores, expected, rtol=0.05)
+
+
+def test_an_unknown_height_of_a_map_is_that_of_others() -> None:
+    """As of the first image, which was learned alone: taken for the height of its patches, it would set the limit."""
+    update = Update(MemoryBank(60))
+    for seed in range(9):
+        update.add(draw("lobes", "a", seed, 40).reshape(5, 8, 4), "a", map_size=(50, 80))
+    update.commit()
+    known = update.bank.variants["a"].calibration
+    assert known is not None
+    factors = known.factors.copy()
+    factors[0, 1] = 1
+    filled_in = factors.copy()
+    filled_in[0, 1] = np.median(factors[1:, 1])
+    one, other = (
+        thresholds(update.bank.with_changes("a", calibration=replace(known, factors=each)), "a").pixel.value
+        for each in (factors, filled_in)
+    )
+    assert one == other
+
+
+def test_validation_of_a_variant_whose_vectors_have_no_origin() -> None:
+    """As those of a former version: the patches that are kept are still the farthest."""
+    variant = filled(60).variants["a"]
+    unknown = replace(
+        variant,
+        origins=np.full(len(variant.radii), -1, np.int32),
+        stand_ins=np.full(len(variant.radii), np.inf, np.float32),
+    )
+    # All patches but one are known; that one is near to them, and so among the least of those that differ.
+    image = np.concatenate([variant.vectors, variant.vectors[5:6] + np.float32(0.05)])
+    kept, _ = kept_patches(unknown, Sample(-1, image))
+    farthest = distances_between(image, unknown.vectors).max()
+    assert farthest > 0.05
+    assert distances_between(kept.astype(np.float32), unknown.vectors).max() == pytest.approx(farthest, rel=5e-2)
