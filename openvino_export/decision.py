@@ -15,6 +15,7 @@ import numpy as np
 
 from .anomaly_map import anomaly_maps
 from .bundle.constants import threshold_tables
+from .memory.defects import raised
 from .memory.thresholds import normalized, thresholds
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Decider:
         check_finite(patches, source)
         distances, index = self._search(patches)
         position = vote(self._owners, index)
+        distances = raised(patches, distances, self.bank.variants[self.names[position]].defects)
         score = image_score(patches, distances, index, self._vectors, self.num_neighbors)
         pixels = anomaly_maps(distances.reshape(embedding.shape[:2]), *size)
         pred_score, pred_label = self._apply("image", np.array([score], np.float32), position)

@@ -12,15 +12,16 @@ import numpy as np
 
 from .bundle import folder as bundles
 from .bundle import ir
-from .bundle.constants import CONSTANTS, graph_tables, variant_capacity
+from .bundle.constants import constants_in, graph_tables, takes_defects, variant_capacity
 from .bundle.folder import BANK, Bundle, BundleError
-from .decision import Decider, Prediction, check_finite
+from .decision import Decider, Prediction
 from .drift import DriftMonitor
 from .images import image_hash, load, resize
+from .info import about
+from .learning import regions_of, show_defect, take_in
 from .memory import state
-from .memory.guard import hold_back
 from .memory.k_center import single_threaded
-from .memory.thresholds import image_thresholds, thresholds
+from .memory.thresholds import image_thresholds
 from .memory.update import Update
 from .network import Network
 
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from .memory.memory_bank import MemoryBank
     from .memory.report import Report
 
     Array = NDArray[np.float32]
     Source = str | Path | NDArray[Any]
+    from .learning import Region
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,11 @@ class EdgeDetector:
         variant: str | None = None,
         *,
         force: bool = False,
+        defective: bool = False,
+        regions: Region | Sequence[Region] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Learned:
-        """Learn good images; :meth:`save` makes it last. When it fails, nothing is changed.
+        """Learn good images, or what a defect looks like; :meth:`save` makes it last. A failure changes nothing.
 
         The images that are learned bring the same knowledge as with ``partial_fit`` on a training PC.
 
@@ -180,6 +183,9 @@ class EdgeDetector:
             images: As in :meth:`predict`.
             variant: Name of their variant; found for each image if not given.
             force: Whether to learn images that look anomalous too.
+            defective: Whether the images are shown as defective. What is like their defects is found from then on.
+            regions: Where the defect is in each of them: a path or array of a mask of the image's size, or left, top,
+                right and bottom of a box in pixels. By default it is looked for.
             progress: Called with the number of images done.
 
         Returns:
@@ -188,26 +194,31 @@ class EdgeDetector:
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If an image is unreadable, too small, of unsuitable depth or not finite, if there are none, if
-                there is no room for another variant, or if the bundle has no memory bank.
+                there is no room for another variant, if a defect is of a variant that is not known, or if the bundle
+                has no memory bank or takes no defects.
         """
         items: list[Source] = [images] if isinstance(images, (str, Path, np.ndarray)) else list(images)
         if not items:
             msg = "There are no images to learn."
             raise ValueError(msg)
+        if defective and not takes_defects(self._bundle.metadata):
+            msg = f"The bundle {self._bundle.folder} takes no defects: a former version wrote it. Export it again."
+            raise BundleError(msg)
         with self._changing, single_threaded():
             known = self._known()
             update = Update(known.bank)
-            limits = image_thresholds(known.bank)
-            for number, item in enumerate(items, 1):
+            limits = None if force else image_thresholds(known.bank)
+            for number, (item, region) in enumerate(zip(items, regions_of(regions, len(items)), strict=True), 1):
                 name = _source(item) or f"image {number}"
-                image = resize(load(item, name), self.input_size)
-                value = image_hash((image - self._mean) / self._std)
-                if not update.knows(value):
-                    embedding = self._network(image)["embedding"]
-                    patches = embedding.reshape(-1, embedding.shape[-1])
-                    check_finite(patches, name)
-                    if force or not hold_back(update.report, name, patches, variant, known.bank, limits):
-                        update.add(embedding, variant, image_hash=value, map_size=self.input_size)
+                loaded = load(item, name)
+                image = resize(loaded, self.input_size)
+                if defective:
+                    size = (loaded.shape[1], loaded.shape[2])
+                    embedding = self._embed(image)
+                    show_defect(update, name, embedding, variant, region, image_size=size, map_size=self.input_size)
+                else:
+                    value = image_hash((image - self._mean) / self._std)
+                    take_in(update, name, image, self._embed, variant, value, bank=known.bank, limits=limits)
                 if progress is not None:
                     progress(number)
             report = update.commit()
@@ -237,6 +248,10 @@ class EdgeDetector:
             bank = self._known().bank.with_decision(variant, false_alarm_rate=false_alarm_rate, threshold=threshold)
             self._decider = Decider(bank, self._bundle.metadata)
 
+    def _embed(self, image: Array) -> Array:
+        """Patch embeddings, shape `(h, w, d)`."""
+        return self._network(image)["embedding"]
+
     # State
 
     def save(self) -> None:
@@ -258,14 +273,10 @@ class EdgeDetector:
             capacity = max(room, variant_capacity(len(known.names)))
             by_range = metadata.get("score") != "rate"
             tables = graph_tables(known.bank, self._network.last_dimension, capacity, by_range)
-            # Without thresholds by variant, the graph has no use for the owners of vectors either.
-            by_variant = metadata.get("variant_thresholds", True) and (
-                metadata.get("normalization") or metadata.get("thresholding")
-            )
-            tables = {name: tables[name] for name in (CONSTANTS if by_variant else CONSTANTS[:2])}
+            tables = {name: tables[name] for name in constants_in(metadata)}
             xml, weights = (read.contents[name] for name in bundles.WHOLE)
             files = {BANK: state.to_bytes(known.bank)}
-            if by_variant and capacity > room:
+            if "bank.positions" in tables and capacity > room:
                 xml, weights = ir.with_new_shapes(xml, weights, tables)
                 files["model.xml"] = xml
             files["model.bin"] = ir.with_new_values(weights, ir.find_constants(xml, tables), tables)
@@ -301,26 +312,14 @@ class EdgeDetector:
 
     def info(self) -> dict[str, Any]:
         """What the bundle is and knows, fit for JSON."""
-        decider, metadata = self._decider, self._bundle.metadata
-        known: dict[str, Any] = {
+        decider = self._decider
+        return {
             "bundle": str(self._bundle.folder),
             "saved": decider is self._saved,
-            **{key: metadata.get(key) for key in ("model", "backbone", "layers", "compression", "anomalib_ext")},
             "input_size": list(self.input_size),
             "device": self.device,
             "precision": self.precision,
-        }
-        if decider is None:
-            return {**known, "threshold": metadata.get("last_values", {}).get("image", [None])[0]}
-        bank = decider.bank
-        return {
-            **known,
-            "memory_size": bank.size,
-            "false_alarm_rate": bank.false_alarm_rate,
-            "vectors": len(bank),
-            "radius_bound": bank.radius_bound(),
-            "bytes": bank.nbytes(),
-            "variants": {name: _about(bank, name) for name in bank.variants},
+            **about(self._bundle.metadata, None if decider is None else decider.bank),
         }
 
     def _known(self) -> Decider:
@@ -352,22 +351,6 @@ class EdgeDetector:
             )
             raise BundleError(msg)
         return Decider(bank, read.metadata)
-
-
-def _about(bank: MemoryBank, name: str) -> dict[str, Any]:
-    """What a bank knows of a variant, and how it decides, fit for JSON."""
-    variant, decided = bank.variants[name], thresholds(bank, name)
-    return {
-        "images": variant.images,
-        "vectors": len(variant.radii),
-        "wanted_vectors": variant.wanted,
-        "threshold": decided.image.value if np.isfinite(decided.image.value) else None,
-        "by_hand": decided.by_hand,
-        "false_alarm_rate": decided.false_alarm_rate,
-        "rests_on_images": decided.images,
-        "smallest_rate": decided.smallest_rate(),
-        "is_sure": decided.is_sure(),
-    }
 
 
 def _source(image: Source) -> str | None:

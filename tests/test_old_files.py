@@ -29,6 +29,7 @@ from safetensors.numpy import load_file
 from torch.utils.data import DataLoader
 
 from openvino_export import EdgeDetector
+from openvino_export.bundle.folder import BundleError
 from openvino_export.cli import main as anomalib_edge
 
 OLD = Path(__file__).parent / "old_files"
@@ -317,3 +318,12 @@ def test_an_update_that_was_interrupted_is_finished(name: str, tmp_path: Path) -
 def test_tensors_of_het_net() -> None:
     """They have their old names, shapes and places in the optimizer, so that checkpoints fit."""
     assert ask_het_net() == said("het_net")
+
+
+def test_an_old_bundle_takes_no_defects(tmp_path: Path) -> None:
+    """Its graph has no room for them; it says so before anything is learned."""
+    detector = EdgeDetector(copied("bundle", tmp_path / "copy"))
+    image = files("*/*/*.png")[0]
+    with pytest.raises(BundleError, match="takes no defects: a former version wrote it"):
+        detector.learn(image, defective=True)
+    assert detector.info()["saved"]

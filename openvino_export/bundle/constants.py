@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openvino_export.memory.defects import DEFECT_VECTORS
 from openvino_export.memory.thresholds import thresholds
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from openvino_export.memory.memory_bank import MemoryBank
@@ -20,11 +23,33 @@ CONSTANTS = (
     "bank.squares",
     "bank.owners",
     "bank.positions",
+    "bank.defects",
+    "bank.defect_squares",
+    "bank.defect_scales",
+    "bank.defect_owners",
     "bank.image_values",
     "bank.pixel_values",
 )
+# Those of them that bundles have had only since defects can be shown, and those of thresholds by variant.
+DEFECT_CONSTANTS = CONSTANTS[4:8]
+VALUE_CONSTANTS = CONSTANTS[8:]
 # Room for the thresholds of so many variants, doubled until all fit.
 SMALLEST_CAPACITY = 64
+
+
+def constants_in(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the constants of a bundle's model.xml, by its metadata."""
+    by_variant = metadata.get("variant_thresholds", True) and (
+        metadata.get("normalization") or metadata.get("thresholding")
+    )
+    if takes_defects(metadata):
+        return CONSTANTS if by_variant else CONSTANTS[:8]
+    return CONSTANTS[:4] + VALUE_CONSTANTS if by_variant else CONSTANTS[:2]
+
+
+def takes_defects(metadata: Mapping[str, Any]) -> bool:
+    """Whether defects can be shown to a bundle."""
+    return bool(metadata.get("shown_defects"))
 
 
 def variant_capacity(variants: int) -> int:
@@ -59,6 +84,31 @@ def bank_tables(bank: MemoryBank, dimension: int, capacity: int) -> dict[str, ND
     return {"vectors": vectors, "squares": squares, "owners": owners, "positions": np.arange(capacity)}
 
 
+def defect_tables(bank: MemoryBank, dimension: int) -> dict[str, NDArray[Any]]:
+    """The defects that were shown; unused rows are zero, with an infinite square.
+
+    Args:
+        bank: What is known.
+        dimension: Length `d` of a vector.
+
+    Returns:
+        `defects`, shape `(DEFECT_VECTORS, d)`; `defect_squares`, their squared lengths; `defect_scales`, 1 by the
+        squares of their reaches; and `defect_owners`, the position of each one's variant in int64; these of shape
+        `(DEFECT_VECTORS,)`.
+    """
+    vectors = np.zeros((DEFECT_VECTORS, dimension), np.float32)
+    squares, scales = np.full(DEFECT_VECTORS, np.inf, np.float32), np.ones(DEFECT_VECTORS, np.float32)
+    owners = np.zeros(DEFECT_VECTORS, np.int64)
+    first = 0
+    for position, variant in enumerate(bank.variants.values()):
+        if variant.defects is not None:
+            part = slice(first, first := first + len(variant.defects.reaches))
+            vectors[part], owners[part] = variant.defects.vectors, position
+            scales[part] = variant.defects.reaches**-2.0
+            squares[part] = np.einsum("ij,ij->i", vectors[part], vectors[part])
+    return {"defects": vectors, "defect_squares": squares, "defect_scales": scales, "defect_owners": owners}
+
+
 def threshold_tables(bank: MemoryBank, capacity: int, by_range: bool = False) -> dict[str, NDArray[np.float32]]:
     """Thresholds of all variants; what is unknown is NaN, and so are unused rows.
 
@@ -91,5 +141,9 @@ def threshold_tables(bank: MemoryBank, capacity: int, by_range: bool = False) ->
 
 def graph_tables(bank: MemoryBank, dimension: int, capacity: int, by_range: bool = False) -> dict[str, NDArray[Any]]:
     """All tables, by the names of the constants that hold them in an OpenVINO file; see the functions above."""
-    tables = {**bank_tables(bank, dimension, capacity), **threshold_tables(bank, capacity, by_range)}
+    tables = {
+        **bank_tables(bank, dimension, capacity),
+        **defect_tables(bank, dimension),
+        **threshold_tables(bank, capacity, by_range),
+    }
     return {f"bank.{name}": table for name, table in tables.items()}

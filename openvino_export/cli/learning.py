@@ -13,18 +13,26 @@ def learn(
     source: str,
     variant: str | None = None,
     force: bool = False,
+    defective: bool = False,
+    mask: str | None = None,
+    box: tuple[int, int, int, int] | None = None,
     device: str = "CPU",
 ) -> int:
-    """Learn good images, and save what was learned in the bundle.
+    """Learn good images, or what a defect looks like, and save what was learned in the bundle.
 
-    A kill at any moment leaves the bundle as it was or as it is to be. Images that look anomalous are held back and
-    named. Exits with 0 if all were learned, with 3 if some were held back, with 1 on errors, when nothing was learned.
+    A kill at any moment leaves the bundle as it was or as it is to be. Good images that look anomalous are held back
+    and named. Exits with 0 if all were learned, with 3 if some were held back or defects that were shown are still
+    called good, with 1 on errors, when nothing was learned.
 
     Args:
         bundle: Folder that the export to openvino has written.
-        source: Good image, or folder of good images.
+        source: Image, or folder of images.
         variant: Name of the product variant that they show; found for each image if not given.
         force: Learn images that look anomalous as well.
+        defective: The images are defective: what is like their defects is called anomalous from now on.
+        mask: Where the defect is: an image of the same size, white where it is, or a folder of such images with the
+            names of the defective ones or these followed by _mask.
+        box: Where the defect is in a single image: left, top, right and bottom in pixels.
         device: Device of OpenVINO.
     """
     from openvino_export.cli.sources import image_paths
@@ -32,12 +40,18 @@ def learn(
 
     detector = EdgeDetector(bundle, device)
     paths = image_paths(Path(source))
+    if not defective and (mask or box):
+        msg = "A mask or box tells where a defect is; give it with --defective true."
+        raise ValueError(msg)
+    regions = _masks(Path(mask), paths) if mask else box
     with progress("looked at", len(paths)) as show:
-        learned = detector.learn(paths, variant, force=force, progress=show)
+        learned = detector.learn(paths, variant, force=force, defective=defective, regions=regions, progress=show)
     detector.save()
     report = learned.report
     print_line({
         "learned": dict(report.variants),
+        "shown_defects": dict(report.shown),
+        "still_good": report.still_good,
         "known_images": report.known_images,
         "held_back": learned.held_back,
         "vectors": report.num_vectors,
@@ -48,7 +62,25 @@ def learn(
         print(text, file=sys.stderr)
     for sentence in report.advice:
         print(sentence, file=sys.stderr)
-    return ANOMALOUS if learned.held_back else GOOD
+    return ANOMALOUS if learned.held_back or report.still_good else GOOD
+
+
+def _masks(mask: Path, images: list[Path]) -> list[Path]:
+    """Mask of each image.
+
+    Raises:
+        FileNotFoundError: If an image has none.
+    """
+    from openvino_export.cli.sources import image_paths
+
+    if not mask.is_dir():
+        return [mask]
+    masks = {path.stem.removesuffix("_mask"): path for path in image_paths(mask)}
+    missing = [path.name for path in images if path.stem not in masks]
+    if missing:
+        msg = f"The folder {mask} has no mask of {', '.join(missing[:5])}. Call it as the image, or add _mask."
+        raise FileNotFoundError(msg)
+    return [masks[path.stem] for path in images]
 
 
 def set_decision(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .defects import within_bounds
 from .leave_one_out import scored
 from .patch_pool import REMEMBERED_IMAGES
 from .search import NearestNeighbors
@@ -68,7 +69,7 @@ class MemoryBank:
         self.dtype = np.dtype(dtype)
         self.false_alarm_rate = check_rate(false_alarm_rate)
         shares = shares_by_need(variants or {}, size)
-        self.variants = {name: _cut(variant, shares[name]) for name, variant in (variants or {}).items()}
+        self.variants = within_bounds({name: _cut(each, shares[name]) for name, each in (variants or {}).items()})
         hashes = np.empty(0, np.int64) if image_hashes is None else image_hashes
         self.image_hashes = hashes[-REMEMBERED_IMAGES:]
 
@@ -146,6 +147,8 @@ class MemoryBank:
             arrays += [variant.origins, variant.stand_ins, variant.gains]
             if variant.calibration:
                 arrays += vars(variant.calibration).values()
+            if variant.defects:
+                arrays += [variant.defects.vectors, variant.defects.reaches]
         return sum(array.nbytes for array in arrays)
 
     def radius_bound(self) -> float:

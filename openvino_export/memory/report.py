@@ -25,6 +25,8 @@ class Report:
     Attributes:
         variants: Images learned by variant.
         known_images: Images left out because they had been learned before.
+        shown: Defective images shown by variant.
+        still_good: Images that were shown as defective, and are still called good: their defect looks as good parts do.
         held_back: Images left out because they look anomalous, and the factor by which each exceeds the threshold.
         added: Vectors that a variant has more than before.
         removed: Vectors that a variant has less than before.
@@ -37,6 +39,8 @@ class Report:
 
     variants: Counter[str] = field(default_factory=Counter)
     known_images: int = 0
+    shown: Counter[str] = field(default_factory=Counter)
+    still_good: list[str] = field(default_factory=list)
     held_back: dict[str, float] = field(default_factory=dict)
     added: Counter[str] = field(default_factory=Counter)
     removed: Counter[str] = field(default_factory=Counter)
@@ -59,6 +63,11 @@ class Report:
                 (self.added if more > 0 else self.removed)[name] = abs(more)
         self.radius_bound, self.num_vectors, self.nbytes = bank.radius_bound(), len(bank), bank.nbytes()
         self.advice = advice(bank, self.variants)
+        self.advice += [
+            f"{name} was shown as defective and is still called good: what is seen of its defect looks as good parts "
+            "do. Show where it is, with a mask or a box; or take larger images."
+            for name in self.still_good
+        ]
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -68,8 +77,9 @@ class Report:
             for counts in (self.added, self.removed)
         )
         held_back = f", {len(self.held_back)} held back" if self.held_back else ""
+        shown = "".join(f"; {count} defective images of {name} shown" for name, count in self.shown.items())
         return (
-            f"learned {learned} ({self.known_images} known already{held_back}); vectors added {added}, removed "
+            f"learned {learned} ({self.known_images} known already{held_back}){shown}; vectors added {added}, removed "
             f"{removed}, now {self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; "
             f"selection {self.seconds:.1f} s"
         )

@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .former_states import upgraded
 from .leave_one_out import CALIBRATION_PATCHES, no_images, worth
 from .memory_bank import MemoryBank
 from .patch_pool import LISTS, PatchPool
-from .state_2 import upgraded
 from .thresholds import check_rate
 from .update import Update, pool_capacity
-from .variant import Calibration, Variant
+from .variant import Calibration, Defects, Variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+OLDEST_VERSION = 2
 # Under these keys the arrays of all variants follow each other, by the attribute of a variant, or of its calibration.
 VECTORS = {
     "vectors": "vectors",
@@ -62,7 +63,10 @@ def to_arrays(known: MemoryBank | Update) -> tuple[dict[str, NDArray[Any]], dict
         key: np.concatenate([getattr(empty, name), *(getattr(each, name) for each in calibrations)])
         for key, name in CALIBRATION.items()
     }
+    shown = [variant.defects for variant in variants if variant.defects]
     arrays |= {
+        "defects": np.concatenate([np.empty((0, dimension), np.float32), *(each.vectors for each in shown)]),
+        "defect_reaches": np.concatenate([np.empty(0, np.float32), *(each.reaches for each in shown)]),
         "prototypes": np.array([v.prototype for v in variants], np.float32).reshape(len(variants), dimension),
         "image_hashes": bank.image_hashes,
     }
@@ -81,6 +85,8 @@ def to_arrays(known: MemoryBank | Update) -> tuple[dict[str, NDArray[Any]], dict
                 "wanted": variant.wanted,
                 "floor": None if math.isnan(variant.floor) else variant.floor,
                 "calibration_images": len(variant.calibration.labels) if variant.calibration else 0,
+                "defects": len(variant.defects.reaches) if variant.defects else 0,
+                "shown": variant.defects.images if variant.defects else 0,
                 "false_alarm_rate": variant.false_alarm_rate,
                 "by_hand": variant.by_hand and [None if math.isnan(value) else value for value in variant.by_hand],
                 "former": variant.former and [None if math.isnan(value) else value for value in variant.former],
@@ -103,7 +109,7 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) ->
         ValueError: If the state is of another schema, or damaged.
     """
     version = plain.get("schema_version")
-    if version not in {SCHEMA_VERSION - 1, SCHEMA_VERSION}:
+    if type(version) is not int or not OLDEST_VERSION <= version <= SCHEMA_VERSION:
         msg = (
             f"The memory bank has schema version {version}, this version of anomalib-ext reads {SCHEMA_VERSION}; "
             "use the version that wrote it, or a newer one."
@@ -134,12 +140,17 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) ->
 
 def _variants(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> dict[str, Variant]:
     variants = {}
-    first = image = 0
+    first = image = defect = 0
     for position, entry in enumerate(plain["variants"]):
         part = slice(first, first + entry["vectors"])
         images = slice(image, image + entry["calibration_images"])
-        first, image = part.stop, images.stop
-        calibration = None
+        shown = slice(defect, defect + entry["defects"])
+        first, image, defect = part.stop, images.stop, shown.stop
+        calibration = defects = None
+        if entry["shown"]:
+            defects = Defects(
+                np.array(arrays["defects"][shown]), np.array(arrays["defect_reaches"][shown]), entry["shown"]
+            )
         if entry["calibration_images"]:
             calibration = Calibration(**{name: np.array(arrays[key][images]) for key, name in CALIBRATION.items()})
         by_hand, former = (
@@ -155,6 +166,7 @@ def _variants(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> d
             wanted=entry["wanted"],
             floor=math.nan if entry["floor"] is None else entry["floor"],
             calibration=calibration,
+            defects=defects,
             false_alarm_rate=entry["false_alarm_rate"],
             by_hand=(by_hand[0], by_hand[1]) if by_hand else None,
             former=(former[0], former[1], former[2]) if former else None,
@@ -201,6 +213,7 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
     entries = plain["variants"]
     counts = [entry["vectors"] for entry in entries]
     images = sum(entry["calibration_images"] for entry in entries)
+    defects = sum(entry["defects"] for entry in entries)
     dimension = arrays["vectors"].shape[-1]
     shapes = {
         **dict.fromkeys(VECTORS, (sum(counts),)),
@@ -208,10 +221,12 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         **dict.fromkeys(CALIBRATION, (images,)),
         "calibration_patches": (images, CALIBRATION_PATCHES, dimension),
         "calibration_factors": (images, 2),
+        "defects": (defects, dimension),
+        "defect_reaches": (defects,),
         "prototypes": (len(entries), dimension),
         "image_hashes": (arrays["image_hashes"].size,),
     }
-    finite = ["vectors", "covers", "prototypes", "calibration_patches", "calibration_factors"]
+    finite = ["vectors", "defects", "covers", "prototypes", "calibration_patches", "calibration_factors"]
     for position, stream in enumerate(plain["streams"]):
         prefix = f"stream_{position}_"
         count = len(arrays[f"{prefix}points"])
@@ -242,8 +257,9 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
     if np.isnan(arrays["calibration_scores"]).any():
         problems.append("calibration_scores holds NaN")
     problems += [f"{key} holds negative values" for key in ("covers", "calibration_scores") if (arrays[key] < 0).any()]
-    if not (arrays["calibration_factors"] > 0).all():
-        problems.append("calibration_factors are not above 0")
+    problems += [
+        f"{key} are not above 0" for key in ("calibration_factors", "defect_reaches") if not (arrays[key] > 0).all()
+    ]
     if len({entry["name"] for entry in entries}) < len(entries):
         problems.append("a variant is there twice")
     if len({stream["name"] for stream in plain["streams"]}) < len(plain["streams"]):
@@ -271,8 +287,10 @@ def _problems_of_variant(
         problems.append(f"stand_ins of {name} are negative or NaN")
     if entry["floor"] is not None and not math.isfinite(entry["floor"]):
         problems.append(f"floor of {name} is not finite")
-    if not all(entry[key] >= 0 for key in ("resolution", "spread", "images", "wanted")):
-        problems.append(f"resolution, spread, images or wanted of {name} are out of range")
+    if not all(entry[key] >= 0 for key in ("resolution", "spread", "images", "wanted", "shown")):
+        problems.append(f"resolution, spread, images, wanted or shown of {name} are out of range")
+    if entry["defects"] and not entry["shown"]:
+        problems.append(f"{name} holds defects of no image")
     rate = entry["false_alarm_rate"]
     try:
         if rate is not None:

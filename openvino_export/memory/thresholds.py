@@ -219,7 +219,7 @@ def _former(variant: Variant) -> tuple[float, float] | None:
     image, pixel, before = variant.former
     factor = 1.0
     if calibration is not None and before > 0:
-        factor = float(calibration.scores[calibration.origins < 0].mean()) / before
+        factor = float(calibration.scores[calibration.origins == -1].mean()) / before
     return image * factor, pixel * factor
 
 
@@ -232,7 +232,7 @@ def _scores(variant: Variant) -> tuple[Array, Array, Array]:
     known = np.isfinite(calibration.scores)
     good, defective = known & ~calibration.labels, known & calibration.labels
     factors = calibration.factors[:, 1] / calibration.factors[:, 0]
-    told = factors != 1  # 1 where it is unknown
+    told = (factors != 1) & ~calibration.labels  # 1 where it is unknown
     factors = np.where(told, factors, np.median(factors[told]) if told.any() else 1).astype(np.float32)
     return calibration.scores[good], calibration.scores[defective], factors[good]
 

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .defects import DEFECT_VECTORS, good_patches, limited, score_of, together, with_defect
 from .leave_one_out import calibration_of, joined, no_images, scored, worth
 from .memory_bank import check_patches, identify
 from .patch_pool import PatchPool
 from .report import Report
+from .thresholds import thresholds
 from .variant import Calibration, Variant, describe, rounded
 
 if TYPE_CHECKING:
@@ -123,9 +125,59 @@ class Update:
         pool.count_images(*describe(patches), images=1)
         if image_hash is not None:
             pool.hashes.append(image_hash)
+        self._limit_defects(variant, patches)
         pool.seconds += time.perf_counter() - start
         while sum(len(other.points) for other in self.pools.values()) > OPEN_POOLS * pool.capacity:
             self._close(max(self.pools.values(), key=lambda other: len(other.points)))
+        return variant
+
+    def show_defect(
+        self,
+        embedding: Array,
+        variant: str | None = None,
+        *,
+        region: Array | None = None,
+        map_size: tuple[int, int] = (0, 0),
+        name: str = "the image",
+    ) -> str:
+        """Take in a defective image: what looks like its defect is found more easily from then on.
+
+        Args:
+            embedding: Its patch embeddings, shape `(h, w, d)`.
+            variant: Name of its variant; that which it is judged by if not given.
+            region: Which share of each patch is defective, shape `(h, w)`; looked for if not given.
+            map_size: Height and width of its anomaly map.
+            name: What the report calls the image.
+
+        Returns:
+            The name of the variant.
+
+        Raises:
+            ValueError: If the embedding is not finite, or of another dimension than the bank's, or the variant was not
+                learned. Nothing was learned then.
+        """
+        patches = embedding.reshape(-1, embedding.shape[-1])
+        check_patches(patches, self._dimension(), self.bank.dtype)
+        if variant in self.pools or variant is None:
+            self.flush()
+        if variant is None and len(self.bank):
+            votes = np.bincount(self.bank.owners()[self.bank.search(patches)[1]])
+            variant = list(self.bank.variants)[int(votes.argmax())]
+        if variant not in self.bank.variants:
+            msg = (
+                f"{name} cannot be shown as defective: no variant {variant or ''!r} is known. "
+                f"Learn good images of it first; known are {', '.join(self.bank.variants) or 'none'}."
+            )
+            raise ValueError(msg)
+        holders = {variant, *(key for key, each in self.bank.variants.items() if each.defects is not None)}
+        if len(holders) > DEFECT_VECTORS:
+            msg = f"Defects of at most {DEFECT_VECTORS} variants can be shown, those of {variant} are too many."
+            raise ValueError(msg)
+        shown = with_defect(self.bank.variants[variant], embedding, region, map_size)
+        self.bank = self.bank.with_variants({variant: shown})
+        self.report.shown[variant] += 1
+        if not score_of(self.bank.variants[variant], patches) > thresholds(self.bank, variant).image.value:
+            self.report.still_good.append(name)
         return variant
 
     def merge(self, other: MemoryBank) -> None:
@@ -159,6 +211,9 @@ class Update:
                 if variant.calibration is not None:
                     more = replace(variant.calibration, origins=numbers(variant.calibration.origins))
                 self._close(pool, more)
+                merged = self.bank.variants[name]
+                defects = limited(together(merged.defects, variant.defects), good_patches(merged.calibration))
+                self.bank = self.bank.with_variants({name: replace(merged, defects=defects)})
         self.bank = self.bank.with_variants(unknown, hashes)
         for name, variant in unknown.items():
             self.report.variants[name] += variant.images
@@ -202,6 +257,7 @@ class Update:
         variant = replace(
             variant,
             calibration=calibration,
+            defects=known.defects if known else None,
             false_alarm_rate=known.false_alarm_rate if known else None,
             by_hand=known.by_hand if known else None,
             former=known.former if known else None,
@@ -213,6 +269,12 @@ class Update:
         del self.pools[pool.name]
         self.report.variants[pool.name] += pool.images
         self.report.seconds += pool.seconds + time.perf_counter() - start
+
+    def _limit_defects(self, variant: str, patches: Array) -> None:
+        """What good images look like is not like a defect, whatever was shown before."""
+        known = self.bank.variants.get(variant)
+        if known is not None and known.defects is not None:
+            self.bank = self.bank.with_changes(variant, defects=limited(known.defects, patches))
 
     def _pool_of(self, variant: str, dimension: int) -> PatchPool:
         """The open pool of a variant."""
@@ -239,9 +301,11 @@ def validated(bank: MemoryBank, variant: str, images: Calibration) -> MemoryBank
     """A bank in which images that are not learned set the thresholds of a variant; see :meth:`Update.validate`."""
     known = bank.variants[variant]
     kept = known.calibration or no_images(known.vectors.shape[1])
-    learned = kept.origins >= 0
-    kept = Calibration(**{key: value[learned] for key, value in vars(kept).items()})
-    return bank.with_changes(variant, calibration=scored(known, joined([kept, images])), former=None)
+    lasting = kept.origins != -1
+    kept = Calibration(**{key: value[lasting] for key, value in vars(kept).items()})
+    defects = limited(known.defects, good_patches(images))
+    calibration = scored(known, joined([kept, images]))
+    return bank.with_changes(variant, calibration=calibration, defects=defects, former=None)
 
 
 def _numbers(known: Variant, other: Variant) -> Callable[[NDArray[np.int32]], NDArray[np.int32]]:
@@ -257,7 +321,7 @@ def _numbers(known: Variant, other: Variant) -> Callable[[NDArray[np.int32]], ND
         same, times = np.unique(found, return_counts=True)
         if same[times.argmax()] >= 0 and 2 * times.max() > len(found):
             numbers[origin] = same[times.argmax()]
-    return lambda origins: np.where(origins < 0, -1, numbers[origins]).astype(np.int32)
+    return lambda origins: np.where(origins < 0, origins, numbers[origins]).astype(np.int32)
 
 
 def pool_capacity(bank: MemoryBank) -> int:

@@ -35,7 +35,8 @@ class Calibration:
 
     Attributes:
         patches: Patches of each image that can be its largest, shape `(n, CALIBRATION_PATCHES, d)`.
-        origins: Number of each image in the variant, shape `(n,)`; -1 for validation images, which were not learned.
+        origins: Number of each image in the variant, shape `(n,)`; -1 for validation images, which were not learned,
+            and -2 for defective images that were shown.
         labels: Whether each image is anomalous, shape `(n,)`.
         factors: By which the largest distance of these patches is multiplied to be the score of the image, and to be
             the largest value of its anomaly map, shape `(n, 2)`.
@@ -47,6 +48,22 @@ class Calibration:
     labels: NDArray[np.bool_]
     factors: Array
     scores: Array
+
+
+@dataclass(frozen=True)
+class Defects:
+    """Patches of defects that were shown, see `defects.py`.
+
+    Attributes:
+        vectors: Patch embeddings, shape `(n, d)`, float32.
+        reaches: Distance from each within which patches are like it, shape `(n,)`; above 0, infinite if no good patch
+            is known.
+        images: Number of images shown.
+    """
+
+    vectors: Array
+    reaches: Array
+    images: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,7 @@ class Variant:
         wanted: Number of vectors beyond which good images would hardly score lower; 0 if unknown.
         floor: Lowest mean logarithm of the scores of good images that the variant ever had; NaN if unknown.
         calibration: Images by which the variant judges itself.
+        defects: What was shown of defects.
         false_alarm_rate: Share of good images that may be called anomalous, if it is not that of the bank.
         by_hand: Threshold of the image score and of the anomaly map in place of those that follow from good images.
         former: Both as they were in a file of a former version, and the mean score of its calibration then.
@@ -86,6 +104,7 @@ class Variant:
     wanted: int = 0
     floor: float = math.nan
     calibration: Calibration | None = None
+    defects: Defects | None = None
     false_alarm_rate: float | None = None
     by_hand: tuple[float, float] | None = None
     former: tuple[float, float, float] | None = None

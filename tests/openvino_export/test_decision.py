@@ -76,6 +76,15 @@ def validated(bank: MemoryBank, names: str, *, equal: bool = False) -> MemoryBan
     return update.bank
 
 
+def shown(bank: MemoryBank) -> MemoryBank:
+    """The bank once patches like those of `embeddings` were shown as defects of two variants."""
+    update = Update(bank)
+    for name in "ca":
+        image = np.concatenate([around(name, 91, 4), around(name, 93, 20, 2.0)]).reshape(HEIGHT, WIDTH, DIMENSION)
+        update.show_defect(image, name, region=np.ones((HEIGHT, WIDTH), np.float32))
+    return update.bank
+
+
 BANKS: dict[str, Callable[[], MemoryBank]] = {
     "validated": lambda: validated(learned(2), "abc"),
     "validated in part, by hand in part": lambda: validated(learned(1), "b").with_decision("a", threshold=6.0),
@@ -85,6 +94,8 @@ BANKS: dict[str, Callable[[], MemoryBank]] = {
     "without thresholds": lambda: learned(1, patches=1),
     "scores of zero": lambda: validated(learned(1), "abc", equal=True),
     "half precision": lambda: validated(learned(2, "float16"), "abc"),
+    "defects shown": lambda: shown(learned(9)),
+    "defects shown, in half precision": lambda: shown(validated(learned(2, "float16"), "abc")),
     "what two variants share": lambda: validated(learned(2, shared=True), "abc"),
     "one vector": lambda: validated(learned(1, size=1, variants="a"), "a"),
 }
@@ -283,7 +294,12 @@ def test_what_decides_and_whether_it_is_sure(kind: str) -> None:
         # Both forms mean the same by 0.5.
         assert predictions[0].pred_label == predictions[1].pred_label
         assert (predictions[0].pred_mask == predictions[1].pred_mask).mean() > 1 - 2e-3
-    expected = {"learned images": {True}, "validated in part, by hand in part": {True, False}, "validated": {False}}
+    expected = {
+        "learned images": {True},
+        "defects shown": {True},
+        "validated in part, by hand in part": {True, False},
+        "validated": {False},
+    }
     assert set(by_rate.are_sure) == expected.get(kind, set(by_rate.are_sure))
 
 

@@ -95,6 +95,45 @@ def test_learns_as_torch_does(
     assert again.info() == detector.info()
 
 
+def test_shows_defects_as_torch_does(
+    bundle: Path,
+    trained: ContinualPatchCore,
+    good: dict[str, list[Path]],
+    tested: list[Path],
+    products: Path,
+) -> None:
+    """With a box, a mask and neither: the same scores on both sides, in model.xml, and once saved."""
+    model, detector = copy.deepcopy(trained), EdgeDetector(bundle)
+    detector.learn(good["dots"][:5], "dots")
+    model.partial_fit(good["dots"][:5], "dots")
+    before = detector.predict(tested)
+    bad = sorted((products / "stripes" / "test" / "hole").iterdir())
+    mask = products / "stripes" / "ground_truth" / "hole" / f"{bad[1].stem}_mask.png"
+    for images, variant, regions in (
+        (bad[0], "stripes", (10, 10, 40, 40)),
+        (bad[1], None, mask),
+        (bad[2:4], "stripes", None),
+        (next(path for path in tested if "dots" in path.parts), "dots", (0, 0, 30, 30)),
+    ):
+        learned = detector.learn(images, variant, defective=True, regions=regions)
+        report = model.partial_fit(images, variant, defective=True, regions=regions)
+        assert learned.report.shown == report.shown
+        assert learned.report.still_good == report.still_good
+    assert {name: each["defects_shown"] for name, each in detector.info()["variants"].items()} == {
+        "stripes": 4,
+        "dots": 1,
+    }
+    results = detector.predict(tested)
+    with torch.no_grad():
+        expected = model(torch.stack([torch.from_numpy(load(path)) for path in tested]))
+    for result, score in zip(results, expected.pred_score, strict=True):
+        assert result.pred_score == pytest.approx(score.item(), abs=5e-3)
+    assert any(now.pred_score > then.pred_score + 0.01 for now, then in zip(results, before, strict=True))
+    detector.save()
+    assert_same(results, whole(bundle, tested))
+    assert_same(EdgeDetector(bundle).predict(tested), whole(bundle, tested))
+
+
 def test_suspicious_images_are_held_back(bundle: Path, good: dict[str, list[Path]], products: Path) -> None:
     """A defective image among good ones is named and not learned, unless it is forced; so is another product."""
     detector = EdgeDetector(bundle)

@@ -10,7 +10,7 @@ from openvino_export.bundle.folder import BANK
 from openvino_export.memory import state
 
 from .post_processor import VariantPostProcessor
-from .torch_model import ContinualPatchCoreModel
+from .torch_model import BUFFERS, ContinualPatchCoreModel
 
 
 class Features(nn.Module):
@@ -58,12 +58,7 @@ def bundle_content(
     features = Features(model, pre_processor)
     images = torch.zeros(1, 3, *size, device=model.memory_bank.device)
     capacity = variant_capacity(len(model.bank.variants))
-    buffers = {
-        "bank.vectors": "model.memory_bank",
-        "bank.squares": "model.squares",
-        "bank.owners": "model.owners",
-        "bank.positions": "model.positions",
-    }
+    buffers = {f"bank.{table}": f"model.{buffer}" for table, buffer in BUFFERS.items()}
     by_variant = isinstance(post_processor, VariantPostProcessor)
     if by_variant:
         buffers |= {f"bank.{kind}_values": f"post_processor.{kind}_values" for kind in ("image", "pixel")}
@@ -79,6 +74,7 @@ def bundle_content(
             "num_neighbors": model.num_neighbors,
             "variants": list(model.bank.variants),
             "variant_capacity": capacity,
+            "shown_defects": True,  # whether the graph takes them
             "variant_thresholds": by_variant,
             "score": "rate" if by_variant else "range",  # how it is normalised
         },

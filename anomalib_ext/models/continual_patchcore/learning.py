@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning without a trainer: which images can be learned, and how they come into an update."""
+"""Which images can be learned without a trainer, how they come into an update, and what variants a batch is of."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import numpy as np
 import torch
+from anomalib.data import Batch
+from numpy.typing import NDArray
 
-from openvino_export.decision import check_finite
+from anomalib_ext.data import MultiCategory
 from openvino_export.images import check_values, image_hash, load
-from openvino_export.memory.guard import hold_back
+from openvino_export.learning import Region, regions_of, show_defect, take_in
 from openvino_export.memory.update import Update
 
 from .torch_model import ContinualPatchCoreModel
+
+if TYPE_CHECKING:
+    from .lightning_model import ContinualPatchCore
 
 Image: TypeAlias = torch.Tensor | str | Path
 
@@ -54,10 +60,13 @@ def named_images(images: torch.Tensor | str | Path | Sequence[str | Path]) -> li
 def add_images(
     update: Update,
     model: ContinualPatchCoreModel,
-    images: Iterable[tuple[str, Image]],
+    images: Sequence[tuple[str, Image]],
     prepare: Callable[[torch.Tensor], torch.Tensor],
     variant: str | None = None,
     limits: Mapping[str, float] | None = None,
+    *,
+    defective: bool = False,
+    regions: Region | Sequence[Region] | None = None,
 ) -> None:
     """Add images to an update.
 
@@ -69,22 +78,35 @@ def add_images(
         variant: Name of their variant; found for each image if not given.
         limits: Image threshold of each variant. Images far above the threshold of their variant are held back, and
             the report of the update names them; without limits, all are learned.
+        defective: Whether they are shown as defective.
+        regions: Where the defect is in each.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If an image is unreadable, too small, of unsuitable depth or not finite.
     """
     device = next(model.parameters()).device
-    for name, item in images:  # one by one, for they may be many and differ in size
+
+    def embed(image: NDArray[np.float32]) -> NDArray[np.float32]:
+        return model.embed_arrays(image[None])[0]
+
+    # one by one, for they may be many and differ in size
+    for (name, item), region in zip(images, regions_of(regions, len(images)), strict=True):
         image = item if isinstance(item, torch.Tensor) else torch.from_numpy(load(item))
         prepared = prepare(image[None].to(device)).detach().float().cpu().numpy()
-        value = image_hash(prepared[0])
-        if update.knows(value):
-            continue
-        embedding = model.embed_arrays(prepared)[0]
-        if limits is not None:
-            patches = embedding.reshape(-1, embedding.shape[-1])
-            check_finite(patches, name)
-            if hold_back(update.report, name, patches, variant, model.bank, limits):
-                continue
-        update.add(embedding, variant, image_hash=value, map_size=prepared.shape[2:])
+        map_size = (prepared.shape[2], prepared.shape[3])
+        if defective:
+            size = (image.shape[1], image.shape[2])
+            show_defect(update, name, embed(prepared[0]), variant, region, image_size=size, map_size=map_size)
+        else:
+            value = image_hash(prepared[0])
+            take_in(update, name, prepared[0], embed, variant, value, bank=model.bank, limits=limits)
+
+
+def labels(model: "ContinualPatchCore", batch: Batch) -> list[str | None]:
+    """Name of the variant of each image of a batch of a trainer; None where it is to be found."""
+    datamodule = getattr(model.trainer, "datamodule", None)
+    if model.variant is None and isinstance(datamodule, MultiCategory):
+        return list(datamodule.categories_of(cast("Any", batch).image_path))
+    label = model.variant or getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
+    return [label] * len(cast("torch.Tensor", batch.image))

@@ -24,17 +24,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
-from anomalib_ext.data import MultiCategory
 from anomalib_ext.export import BundleContent
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.checks import check_files
 from anomalib_ext.models.components.patchcore import PatchCoreModule
 from openvino_export.images import image_hash
+from openvino_export.learning import Region
 from openvino_export.memory.report import Report
 from openvino_export.memory.thresholds import image_thresholds
 
 from .graph import bundle_content
-from .learning import add_images, named_images
+from .learning import add_images, labels, named_images
 from .metrics import memory_metrics
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
@@ -168,13 +168,17 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         images: torch.Tensor | str | Path | Sequence[str | Path],
         variant: str | None = None,
         hold_back: bool = False,
+        defective: bool = False,
+        regions: Region | Sequence[Region] | None = None,
     ) -> Report:
-        """Learn normal images, without a trainer. When it fails, nothing is changed.
+        """Learn normal images, or what a defect looks like, without a trainer. When it fails, nothing is changed.
 
         Args:
             images: RGB images of shape ``(B, 3, H, W)`` in [0, 1], or the path of an image, or several.
             variant: Name of their variant; the model's `variant` by default, and found for each image without one.
             hold_back: Whether images that look anomalous are held back, as on the edge PC. The report names them.
+            defective: Whether the images are shown as defective; see :meth:`EdgeDetector.learn`, also for `regions`.
+            regions: Where the defect is in each.
 
         Returns:
             What changed.
@@ -189,14 +193,15 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
             msg = "A trainer is fitting this model. Call partial_fit when the fit has ended."
             raise RuntimeError(msg)
         named = named_images(images)
+        variant = self.variant if variant is None else variant
+        # As a trainer; the pre-processor's own call is for exported models, and resizes less smoothly.
+        prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
         was_training = self.training
         self.eval()
         try:
-            # As a trainer; the pre-processor's own call is for exported models, and resizes less smoothly.
-            prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
             update = self.model.begin_update()
             limits = image_thresholds(self.model.bank) if hold_back else None
-            add_images(update, self.model, named, prepare, self.variant if variant is None else variant, limits)
+            add_images(update, self.model, named, prepare, variant, limits, defective=defective, regions=regions)
             report = self._commit()
         except BaseException:
             self._drop_update()
@@ -217,13 +222,13 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         """Learn a batch of normal images."""
         assert batch.image is not None
         assert self.model.update is not None
-        update, labels = self.model.update, self._labels(batch)
+        update, variants = self.model.update, labels(self, batch)
         images = batch.image.detach().float().cpu().numpy()
         new = [(i, value) for i, value in enumerate(map(image_hash, images)) if not update.knows(value)]
         if new:
             embeddings = self.model.embed_arrays(images[[i for i, _ in new]])
             for (i, value), embedding in zip(new, embeddings, strict=True):
-                update.add(embedding, labels[i], image_hash=value, map_size=images.shape[2:])
+                update.add(embedding, variants[i], image_hash=value, map_size=images.shape[2:])
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""
@@ -261,14 +266,6 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         self.model.update = None
         self._refresh()
 
-    def _labels(self, batch: Batch) -> list[str | None]:
-        """Name of the variant of each image; None where it is to be found."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if self.variant is None and isinstance(datamodule, MultiCategory):
-            return list(datamodule.categories_of(cast("Any", batch).image_path))
-        label = self.variant or getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
-        return [label] * len(cast("torch.Tensor", batch.image))
-
     # Thresholds
 
     def on_validation_epoch_end(self) -> None:
@@ -291,7 +288,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         embedding = self._search_and_score(batch)
         if batch.gt_label is None:
             return batch
-        pairs = zip(self._labels(batch), cast("Any", batch).variant.tolist(), strict=True)
+        pairs = zip(labels(self, batch), cast("Any", batch).variant.tolist(), strict=True)
         variants = [label or list(self.model.searched.variants)[position] for label, position in pairs]
         arrays = (each.float().cpu().numpy() for each in (embedding, cast("Any", batch).image))
         self._validated.add(self.model.searched, variants, batch.gt_label.tolist(), *arrays)

@@ -14,8 +14,9 @@ from torch import nn
 
 from anomalib_ext.models.components import patchcore
 from anomalib_ext.models.components.backbone import load_backbone
-from openvino_export.bundle.constants import bank_tables
+from openvino_export.bundle.constants import bank_tables, defect_tables
 from openvino_export.memory import state
+from openvino_export.memory.defects import LARGEST_RAISE
 from openvino_export.memory.memory_bank import MemoryBank
 from openvino_export.memory.thresholds import FALSE_ALARM_RATE
 from openvino_export.memory.update import Update, validated
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
 
 logger = logging.getLogger(__name__)
+
+# Buffers that hold the tables of a bank, by the names of these.
+BUFFERS = {
+    "vectors": "memory_bank",
+    **{name: name for name in ("squares", "owners", "positions")},
+    **{name: name for name in ("defects", "defect_squares", "defect_scales", "defect_owners")},
+}
 
 
 class ContinualInferenceBatch(NamedTuple):
@@ -62,6 +70,10 @@ class ContinualPatchCoreModel(nn.Module):
     squares: torch.Tensor
     owners: torch.Tensor
     positions: torch.Tensor
+    defects: torch.Tensor
+    defect_squares: torch.Tensor
+    defect_scales: torch.Tensor
+    defect_owners: torch.Tensor
 
     def __init__(
         self,
@@ -89,7 +101,7 @@ class ContinualPatchCoreModel(nn.Module):
         self.feature_extractor = load_backbone(backbone, layers, pre_trained, backbone_weights).eval()
         self.layers = list(self.feature_extractor.layers)
         self.feature_pooler = nn.AvgPool2d(3, 1, 1)
-        for name in ("memory_bank", "squares", "owners", "positions"):
+        for name in BUFFERS.values():
             self.register_buffer(name, torch.empty(0), persistent=False)
         self.refresh()
 
@@ -137,6 +149,8 @@ class ContinualPatchCoreModel(nn.Module):
         """
         batch, height, width, _ = embedding.shape
         votes = self.owners[locations].unsqueeze(-1) == self.positions
+        variant = votes.sum(dim=1).argmax(dim=-1)
+        scores = self._raised(embedding.flatten(1, 2), scores, variant)
         return ContinualInferenceBatch(
             pred_score=patchcore.image_score(
                 scores,
@@ -147,8 +161,19 @@ class ContinualPatchCoreModel(nn.Module):
                 min(self.num_neighbors, len(self.searched)),
             ),
             anomaly_map=patchcore.anomaly_maps(scores.reshape(batch, 1, height, width), size),
-            variant=votes.sum(dim=1).argmax(dim=-1),
+            variant=variant,
         )
+
+    def _raised(self, patches: torch.Tensor, scores: torch.Tensor, variant: torch.Tensor) -> torch.Tensor:
+        """Distances of patches ``(B, n, d)``, raised near defects that were shown; as `raised` in `defects.py`."""
+        with torch.autocast(patches.device.type, enabled=False):
+            squares = self.defect_squares - 2 * (patches.float() @ self.defects.T)
+            squares = (squares + patches.float().square().sum(dim=-1, keepdim=True)).clamp(min=1e-12)
+            own = (self.defect_owners == variant.unsqueeze(-1)).unsqueeze(1)
+            within = (squares * self.defect_scales).masked_fill(~own, torch.inf).amin(dim=-1)
+            nearest = squares.masked_fill(~own, torch.inf).amin(dim=-1)
+            ratios = torch.minimum(scores.square() / nearest, 1 / within)
+            return scores * ratios.clamp(1.0, LARGEST_RAISE**2).sqrt()
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Patch embeddings of shape ``(B, h, w, d)``, in float32, for images of shape ``(B, 3, H, W)``."""
@@ -202,10 +227,10 @@ class ContinualPatchCoreModel(nn.Module):
     def refresh(self) -> None:
         """Judge from now on by the bank as it is, during an update by that of the update."""
         self.searched = self.bank if self.update is None else self.update.bank
-        tables = bank_tables(self.searched, sum(self.feature_extractor.out_dims), len(self.searched.variants))
-        device = self.memory_bank.device
-        tensors = (torch.from_numpy(table).to(device) for table in tables.values())
-        self.memory_bank, self.squares, self.owners, self.positions = tensors
+        dimension, device = sum(self.feature_extractor.out_dims), self.memory_bank.device
+        tables = bank_tables(self.searched, dimension, len(self.searched.variants))
+        for name, table in {**tables, **defect_tables(self.searched, dimension)}.items():
+            setattr(self, BUFFERS[name], torch.from_numpy(table).to(device))
 
     # State
 

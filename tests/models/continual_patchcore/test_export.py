@@ -197,6 +197,7 @@ def test_bundle(two: ContinualPatchCore, product_images: torch.Tensor, make_engi
         "pixel_sensitivity": 0.5,
         "variants": ["stripes", "dots"],
         "variant_capacity": 64,
+        "shown_defects": True,
         "variant_thresholds": True,
     }
 

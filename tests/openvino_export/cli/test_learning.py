@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from openvino_export.cli import main
 
@@ -61,3 +63,31 @@ def test_set_wants_one_thing(options: list[str], bundle: Path, capsys: pytest.Ca
     """Nothing, or two things, are refused."""
     assert main(["set", str(bundle), *options]) == 1
     assert "Give one of --false_alarm_rate, --threshold and --automatic true" in capsys.readouterr().err
+
+
+def test_learn_a_defect(run: Run, bundle: Path, products: Path, tmp_path: Path) -> None:
+    """It is shown with a mask, a folder of masks, a box or nothing; what says nothing of it is named; undo forgets."""
+    good = sorted((products / "stripes" / "test" / "good").iterdir())
+    image, mask = tmp_path / "part.png", tmp_path / "masks" / "part_mask.png"
+    mask.parent.mkdir()
+    with Image.open(good[0]) as picture:
+        pixels = np.asarray(picture.convert("RGB")).copy()
+    pixels[20:28, 20:28] = np.clip(pixels[20:28, 20:28].astype(int) + 9, 0, 255)
+    marked = np.zeros(pixels.shape[:2], np.uint8)
+    marked[20:28, 20:28] = 255
+    Image.fromarray(pixels).save(image)
+    Image.fromarray(marked).save(mask)
+    before = run("predict", bundle, image)[1][0]["pred_score"]
+    for options in (["--mask", mask], ["--mask", mask.parent], ["--box", "[20,20,28,28]"]):
+        code, lines, _ = run("learn", bundle, image, "--defective", "true", *options)
+        assert lines[0]["shown_defects"] == {"stripes": 1}
+        assert run("predict", bundle, image)[1][0]["pred_score"] > before
+        run("undo", bundle)
+    assert run("set", bundle, "--threshold", 1e6)[0] == 0
+    code, lines, errors = run("learn", bundle, image, "--variant", "stripes", "--defective", "true")
+    assert (code, lines[0]["shown_defects"], lines[0]["still_good"]) == (3, {"stripes": 1}, [str(image)])
+    assert f"{image} was shown as defective and is still called good" in errors
+    code, lines, errors = run("learn", bundle, good[0], "--defective", "true", "--mask", mask.parent)
+    assert (code, "has no mask of 000.png" in errors) == (1, True)
+    code, lines, errors = run("learn", bundle, good[0], "--mask", mask)
+    assert (code, "give it with --defective true" in errors) == (1, True)

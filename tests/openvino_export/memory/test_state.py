@@ -110,6 +110,9 @@ def decided() -> MemoryBank:
     update = Update(bank.with_decision(false_alarm_rate=1 / 3).with_decision("a", false_alarm_rate=0.1))
     update.validate("b", not_learned(bank.variants["b"], far, np.array([False, True])))
     bank = update.bank.with_decision("b", threshold=1 / 7)
+    update = Update(bank)
+    update.show_defect(np.full((3, 3, 4), 50, np.float32), "a")
+    bank = update.bank
     return bank.with_changes("c", by_hand=(np.nan, 2.5)).with_changes("d", former=(1 / 9, np.nan, 0.25))
 
 
@@ -171,7 +174,7 @@ def test_damaged_files_are_refused() -> None:
 def test_load_refuses_another_schema() -> None:
     """Of a newer version, a very old one, or none at all."""
     arrays, plain = state.to_arrays(filled())
-    for version in (1, 4, None):
+    for version in (1, 5, None):
         with pytest.raises(ValueError, match=f"schema version {version}"):
             state.from_arrays(arrays, plain | {"schema_version": version})
 
@@ -179,6 +182,8 @@ def test_load_refuses_another_schema() -> None:
 def saved() -> tuple[dict[str, Any], dict[str, Any]]:
     """The state of a bank of two validated variants, in the middle of a third and one of them."""
     update = Update(filled(validated=True).with_decision("b", threshold=3.0))
+    for name in "ab":
+        update.show_defect(draw("lobes", name, 30, 40).reshape(5, 8, 4) + 20, name, map_size=(50, 80))
     for seed in range(3):
         for name in "ac":
             image = draw("lobes", name, 10 + seed, 40).reshape(5, 8, 4)
@@ -188,7 +193,7 @@ def saved() -> tuple[dict[str, Any], dict[str, Any]]:
 
 ARRAYS = sorted(saved()[0])
 NUMBERS = [key for key, array in saved()[0].items() if array.dtype.kind == "f"]
-MAY_BE_INFINITE = ("radii", "stand_ins", "gains", "scores")
+MAY_BE_INFINITE = ("radii", "stand_ins", "gains", "scores", "reaches")
 
 
 @pytest.mark.parametrize("key", [*ARRAYS, "size", "dtype", "false_alarm_rate", "variants", "streams"])
@@ -243,10 +248,12 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown dtype": (lambda plain: plain.update(dtype="int8"), "precision must be"),
     "rate": (lambda plain: plain.update(false_alarm_rate=0.7), "false_alarm_rate must be"),
     "name": (lambda plain: plain["variants"][0].update(name="b"), "a variant is there twice"),
-    "resolution": (lambda plain: plain["variants"][1].update(resolution=np.nan), "wanted of b are out of range"),
-    "spread": (lambda plain: plain["variants"][1].update(spread=-1.0), "wanted of b are out of range"),
-    "images": (lambda plain: plain["variants"][0].update(images=-1), "wanted of a are out of range"),
-    "wanted": (lambda plain: plain["variants"][0].update(wanted=-1), "wanted of a are out of range"),
+    "resolution": (lambda plain: plain["variants"][1].update(resolution=np.nan), "shown of b are out of range"),
+    "spread": (lambda plain: plain["variants"][1].update(spread=-1.0), "shown of b are out of range"),
+    "images": (lambda plain: plain["variants"][0].update(images=-1), "shown of a are out of range"),
+    "wanted": (lambda plain: plain["variants"][0].update(wanted=-1), "shown of a are out of range"),
+    "shown": (lambda plain: plain["variants"][0].update(shown=-1), "shown of a are out of range"),
+    "of no image": (lambda plain: plain["variants"][0].update(shown=0), "a holds defects of no image"),
     "own rate": (lambda plain: plain["variants"][1].update(false_alarm_rate=0.0), "b: false_alarm_rate must be"),
     "by hand": (lambda plain: plain["variants"][1].update(by_hand=[-1.0, None]), "by_hand of b"),
     "by hand, NaN": (lambda plain: plain["variants"][1].update(by_hand=[np.nan, None]), "by_hand of b"),
@@ -281,6 +288,7 @@ def test_load_refuses_contradictions(name: str) -> None:
         ("radii", "radii of a do not fall from infinity"),
         ("gains", "gains of a do not fall from infinity"),
         ("stand_ins", "stand_ins of a are negative"),
+        ("defect_reaches", "defect_reaches are not above 0"),
         ("stream_1_radii", "stream_1_radii holds negative"),
         ("stream_1_stand_ins", "stream_1_stand_ins holds negative"),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of schema 2, which knew neither where a vector came from nor what it is worth, as states of schema 3."""
+"""States of former schemas: 2 knew neither where a vector came from nor what it is worth, 3 knew no shown defects."""
 
 from __future__ import annotations
 
@@ -19,14 +19,31 @@ if TYPE_CHECKING:
 def upgraded(
     arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """What a state of schema 2 says.
+    """What a state of schema 2 or 3 says.
 
-    Thresholds remain until a variant has learned enough images to judge itself. What is unknown of vectors is -1,
-    infinite or NaN.
+    Args:
+        arrays: Its arrays.
+        plain: Its plain data.
 
     Raises:
         KeyError: If something is missing.
         ValueError: If something is too short.
+    """
+    if plain["schema_version"] == 2:
+        arrays, plain = _upgraded_2(arrays, plain)
+    entries = [{**entry, "defects": 0, "shown": 0} for entry in plain["variants"]]
+    nothing = np.empty((0, arrays["vectors"].shape[-1]), np.float32)
+    new = {**arrays, "defects": nothing, "defect_reaches": np.empty(0, np.float32)}
+    return new, {**plain, "variants": entries}
+
+
+def _upgraded_2(
+    arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """What a state of schema 2 says, as one of schema 3.
+
+    Thresholds remain until a variant has learned enough images to judge itself. What is unknown of vectors is -1,
+    infinite or NaN.
     """
     variants = plain["variants"]
     images = sum(entry["calibration_images"] for entry in variants)
