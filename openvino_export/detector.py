@@ -91,7 +91,7 @@ class EdgeDetector:
         self._network = Network(read, self.input_size, device, self.precision)
         self._bundle = read
         # Replaced as a whole by learning, never modified; None without a memory bank.
-        self._decider = self._saved = self._decider_of(read) if BANK in read.contents else None
+        self._decider = self._saved = _decider_of(read, self._network.last_dimension) if BANK in read.contents else None
         self._changing = threading.RLock()
 
     def drift_monitor(self) -> DriftMonitor | None:
@@ -248,6 +248,18 @@ class EdgeDetector:
             bank = self._known().bank.with_decision(variant, false_alarm_rate=false_alarm_rate, threshold=threshold)
             self._decider = Decider(bank, self._bundle.metadata)
 
+    def set_memory_size(self, size: int) -> None:
+        """Give the bank room for more vectors, or less; :meth:`save` makes it last.
+
+        Args:
+            size: Largest number of vectors. More are filled by what is learned from now on.
+
+        Raises:
+            ValueError: If there are more variants, or the bundle has no memory bank.
+        """
+        with self._changing:
+            self._decider = Decider(self._known().bank.with_size(size), self._bundle.metadata)
+
     def _embed(self, image: Array) -> Array:
         """Patch embeddings, shape `(h, w, d)`."""
         return self._network(image)["embedding"]
@@ -269,19 +281,14 @@ class EdgeDetector:
                 return
             read = bundles.read(self._bundle.folder, bundles.WHOLE)
             metadata = self._bundle.metadata
-            room = int(metadata["variant_capacity"])
-            capacity = max(room, variant_capacity(len(known.names)))
+            capacity = max(int(metadata["variant_capacity"]), variant_capacity(len(known.names)))
             by_range = metadata.get("score") != "rate"
             tables = graph_tables(known.bank, self._network.last_dimension, capacity, by_range)
             tables = {name: tables[name] for name in constants_in(metadata)}
             xml, weights = (read.contents[name] for name in bundles.WHOLE)
-            files = {BANK: state.to_bytes(known.bank)}
-            if "bank.positions" in tables and capacity > room:
-                xml, weights = ir.with_new_shapes(xml, weights, tables)
-                files["model.xml"] = xml
-            files["model.bin"] = ir.with_new_values(weights, ir.find_constants(xml, tables), tables)
+            graph = ir.with_tables(xml, weights, tables)
             changes = {"variants": known.names, "variant_capacity": capacity}
-            self._bundle = bundles.update(self._bundle, files, changes)
+            self._bundle = bundles.update(self._bundle, {BANK: state.to_bytes(known.bank), **graph}, changes)
             self._saved = known
 
     def reload(self) -> bool:
@@ -306,7 +313,7 @@ class EdgeDetector:
                 msg = f"The bundle {self._bundle.folder} is of another model now; make a new EdgeDetector of it."
                 raise BundleError(msg)
             if self._decider is not None:
-                self._decider = self._saved = self._decider_of(read)
+                self._decider = self._saved = _decider_of(read, self._network.last_dimension)
             self._bundle = read
         return True
 
@@ -331,27 +338,25 @@ class EdgeDetector:
             raise BundleError(msg)
         return self._decider
 
-    def _decider_of(self, read: Bundle) -> Decider:
-        """What a bundle knows."""
-        try:
-            bank = state.from_bytes(read.contents[BANK])
-        except ValueError as error:
-            msg = f"{BANK} of {read.folder} cannot be read: {error}"
-            raise BundleError(msg) from error
-        if not len(bank):
-            msg = (
-                f"The memory bank of {read.folder} is empty, so nothing can be judged. Export a model that has learned."
-            )
-            raise BundleError(msg)
-        dimension = self._network.last_dimension
-        if bank.dimension() != dimension:
-            msg = (
-                f"{BANK} of {read.folder} holds vectors of {bank.dimension()} numbers, the model gives "
-                f"{dimension}: it is of another backbone or other layers. Copy the whole folder again."
-            )
-            raise BundleError(msg)
-        return Decider(bank, read.metadata)
-
 
 def _source(image: Source) -> str | None:
     return str(image) if isinstance(image, (str, Path)) else None
+
+
+def _decider_of(read: Bundle, dimension: int) -> Decider:
+    """What a bundle knows whose model gives vectors of a dimension."""
+    try:
+        bank = state.from_bytes(read.contents[BANK])
+    except ValueError as error:
+        msg = f"{BANK} of {read.folder} cannot be read: {error}"
+        raise BundleError(msg) from error
+    if not len(bank):
+        msg = f"The memory bank of {read.folder} is empty, so nothing can be judged. Export a model that has learned."
+        raise BundleError(msg)
+    if bank.dimension() != dimension:
+        msg = (
+            f"{BANK} of {read.folder} holds vectors of {bank.dimension()} numbers, the model gives "
+            f"{dimension}: it is of another backbone or other layers. Copy the whole folder again."
+        )
+        raise BundleError(msg)
+    return Decider(bank, read.metadata)

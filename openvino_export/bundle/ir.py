@@ -91,6 +91,21 @@ def placeholder(name: str, values: NDArray[Any]) -> Any:  # noqa: ANN401  # Open
     return constant
 
 
+def with_tables(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
+    """Contents, by name, of those files of `model.xml` and `model.bin` that change with values of their constants.
+
+    Args:
+        xml: Content of the .xml file, which changes if there are other shapes.
+        weights: Content of the .bin file.
+        values: New values of all constants that learning changes.
+    """
+    places, files = find_constants(xml, values), {}
+    if any(places[name].shape != value.shape for name, value in values.items()):
+        xml, weights = with_new_shapes(xml, weights, values)
+        files["model.xml"], places = xml, find_constants(xml, values)
+    return {**files, "model.bin": with_new_values(weights, places, values)}
+
+
 def with_new_shapes(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any]]) -> tuple[bytes, bytes]:
     """The .xml and .bin file of an IR, with room for constants of other shapes.
 

@@ -89,8 +89,9 @@ def set_decision(
     false_alarm_rate: float | None = None,
     threshold: float | None = None,
     automatic: bool = False,
+    memory_size: int | None = None,
 ) -> int:
-    """Set the false-alarm rate or a threshold, in the bundle and the constants of its model.xml; see info.
+    """Set the false-alarm rate, a threshold or the size of the memory, in the bundle and its model.xml; see info.
 
     Args:
         bundle: Folder that the export to openvino has written.
@@ -98,13 +99,22 @@ def set_decision(
         false_alarm_rate: Share of good images that may be called anomalous, such as 0.005.
         threshold: Raw image score above which an image is anomalous, set by hand.
         automatic: Let thresholds follow from good images again, at the rate of the bundle.
+        memory_size: Largest number of vectors, for all variants. What is learned from now on fills a larger memory; a
+            smaller one forgets at once.
     """
-    if [false_alarm_rate is not None, threshold is not None, automatic].count(True) != 1:
-        msg = "Give one of --false_alarm_rate, --threshold and --automatic true."
+    given = [false_alarm_rate is not None, threshold is not None, automatic, memory_size is not None]
+    if given.count(True) != 1 or (variant is not None and memory_size is not None):
+        msg = "Give one of --false_alarm_rate, --threshold, --automatic true and --memory_size, this for all variants."
         raise ValueError(msg)
     from openvino_export.detector import EdgeDetector
 
     detector = EdgeDetector(bundle)
+    if memory_size is not None:
+        detector.set_memory_size(memory_size)
+        detector.save()
+        known = detector.info()
+        print_line({key: known[key] for key in ("memory_size", "vectors", "bytes")})
+        return GOOD
     detector.set_decision(variant, false_alarm_rate=false_alarm_rate, threshold=threshold)
     detector.save()
     keys = ("false_alarm_rate", "smallest_rate", "rests_on_images", "threshold", "by_hand")

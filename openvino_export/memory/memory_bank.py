@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
+MEMORY_SIZE = 10_000  # vectors, where nothing else is said
 # Squares of larger values, summed over a patch, would leave the range of float32.
 LARGEST_VALUE = 1e15
 
@@ -83,6 +84,20 @@ class MemoryBank:
         """A bank with new or changed variants, the budget divided anew, that remembers further images."""
         hashes = self.image_hashes if image_hashes is None else np.concatenate([self.image_hashes, image_hashes])
         return MemoryBank(self.size, self.dtype.name, {**self.variants, **variants}, hashes, self.false_alarm_rate)
+
+    def with_size(self, size: int) -> MemoryBank:
+        """A bank of another size: a smaller one is cut at once, a larger one is filled by what is learned from now on.
+
+        Args:
+            size: Largest number of vectors.
+
+        Raises:
+            ValueError: If it is less than one vector for each variant.
+        """
+        if size < len(self.variants):
+            msg = f"memory_size must be at least {len(self.variants)}, one vector for each variant, got {size}."
+            raise ValueError(msg)
+        return MemoryBank(size, self.dtype.name, self.variants, self.image_hashes, self.false_alarm_rate)
 
     def with_changes(self, variant: str, **changes: Any) -> MemoryBank:  # noqa: ANN401
         """A bank that decides otherwise on a variant; its vectors, and their index, are the same.

@@ -108,6 +108,6 @@ def advice(bank: MemoryBank, learned: Collection[str]) -> list[str]:
         enough = sum(max(len(each.radii), each.wanted) for each in bank.variants.values())
         sentences.append(
             f"The memory is too small for what it holds: {lacking} vectors that it needs. "
-            f"A model that learns all of it anew wants a memory_size of {enough} at least."
+            f"A memory_size of {enough} would do for what is learned from now on."
         )
     return sentences

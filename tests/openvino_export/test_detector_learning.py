@@ -244,6 +244,30 @@ def test_two_processes(bundle: Path, good: dict[str, list[Path]]) -> None:
     assert list(EdgeDetector(bundle).info()["variants"]) == ["stripes", "dots", "checks"]
 
 
+def test_another_memory_size(bundle: Path, good: dict[str, list[Path]], tested: list[Path]) -> None:
+    """A larger memory is filled by what is learned, a smaller one cut at once; model.xml follows, undo brings back."""
+    before = EdgeDetector(bundle)
+    size, vectors = before.info()["memory_size"], before.info()["vectors"]
+    assert vectors > size / 2
+    detector = EdgeDetector(bundle)
+    detector.set_memory_size(2 * size)
+    detector.save()
+    assert_same(detector.predict(tested), whole(bundle, tested))
+    assert detector.info()["vectors"] == vectors
+    detector.learn(good["dots"], "dots")
+    detector.save()
+    assert size < detector.info()["vectors"] <= 2 * size
+    assert_same(detector.predict(tested), whole(bundle, tested))
+    undo(bundle)
+    detector = EdgeDetector(bundle)
+    detector.set_memory_size(vectors // 2)
+    detector.save()
+    assert detector.info()["vectors"] == vectors // 2
+    assert_same(detector.predict(tested), whole(bundle, tested))
+    with pytest.raises(ValueError, match="memory_size must be at least 1, one vector for each variant, got 0"):
+        detector.set_memory_size(0)
+
+
 def test_more_variants_than_the_graph_has_room_for(
     bundle: Path,
     good: dict[str, list[Path]],

@@ -33,6 +33,7 @@ from openvino_export.learning import Region
 from openvino_export.memory.report import Report
 from openvino_export.memory.thresholds import image_thresholds
 
+from .drift import DriftCallback
 from .graph import bundle_content
 from .learning import add_images, labels, named_images
 from .metrics import memory_metrics
@@ -55,8 +56,8 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         pre_trained: Whether to use pretrained weights.
         backbone_weights: File with the backbone's weights; without it they are looked up in the Hugging Face cache, in
             the package of the extra ``offline``, and on the hub, in this order.
-        memory_size: Largest number of vectors in the memory bank, for all variants together. A checkpoint that is
-            loaded brings its own, and its own precision.
+        memory_size: Largest number of vectors in the memory bank, for all variants together. By default 10,000, or that
+            of a checkpoint that is loaded; a larger one is filled by what is learned from then on.
         num_neighbors: Neighbors that weigh the image score. With the default of 1 the score is the largest patch
             distance, which no later learning can raise by more than the radius bound; weighing breaks that promise, and
             `false_alarm_rate` holds without it only.
@@ -65,7 +66,8 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         variant: Name of the variant that is learned. By default it is the category or the name of the datamodule,
             with ``MultiCategory`` the category of each image, and found from the images where there is none.
             ``load_from_checkpoint`` brings back the one that was given.
-        precision: ``float32`` or ``float16``, in which the memory bank is kept.
+        precision: ``float32`` or ``float16``, in which the memory bank is kept; that of a checkpoint that is loaded
+            is used.
         pre_processor: Pre-processor, or whether to use the default one.
         post_processor: Post-processor, or whether to use the default one.
         evaluator: Evaluator, or whether to use the default one.
@@ -94,7 +96,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         layers: Sequence[str] = ("blocks.2", "blocks.4"),
         pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
-        memory_size: int = 10_000,
+        memory_size: int | None = None,
         num_neighbors: int = 1,
         false_alarm_rate: float | None = None,
         variant: str | None = None,
@@ -211,8 +213,8 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         return report
 
     def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's callbacks, and one for what fails."""
-        return [*cast("list[Callback]", super().configure_callbacks()), _DropUpdate()]
+        """Anomalib's callbacks, one for what fails, and one for drift."""
+        return [*cast("list[Callback]", super().configure_callbacks()), _DropUpdate(), DriftCallback()]
 
     def on_train_epoch_start(self) -> None:
         """Begin to learn."""

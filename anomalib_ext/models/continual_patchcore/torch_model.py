@@ -17,7 +17,7 @@ from anomalib_ext.models.components.backbone import load_backbone
 from openvino_export.bundle.constants import bank_tables, defect_tables
 from openvino_export.memory import state
 from openvino_export.memory.defects import LARGEST_RAISE
-from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.memory_bank import MEMORY_SIZE, MemoryBank
 from openvino_export.memory.thresholds import FALSE_ALARM_RATE
 from openvino_export.memory.update import Update, validated
 from openvino_export.memory.variant import Calibration
@@ -53,7 +53,7 @@ class ContinualPatchCoreModel(nn.Module):
         layers: Names of the layers whose features are concatenated.
         pre_trained: Whether the backbone is pretrained.
         backbone_weights: File with the backbone's weights.
-        memory_size: Largest number of vectors in the memory bank.
+        memory_size: Largest number of vectors in the memory bank; without it that of a state that is loaded.
         num_neighbors: Neighbors that weigh the image score; 1 takes the largest patch distance as it is.
         precision: ``float32`` or ``float16``, in which the bank is kept.
         false_alarm_rate: Share of good images that may be called anomalous; without it that of a state that is loaded.
@@ -81,7 +81,7 @@ class ContinualPatchCoreModel(nn.Module):
         layers: Sequence[str],
         pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
-        memory_size: int = 10_000,
+        memory_size: int | None = None,
         num_neighbors: int = 1,
         precision: str = "float32",
         false_alarm_rate: float | None = None,
@@ -92,7 +92,9 @@ class ContinualPatchCoreModel(nn.Module):
             raise ValueError(msg)
         self.false_alarm_rate = false_alarm_rate
         rate = FALSE_ALARM_RATE if false_alarm_rate is None else false_alarm_rate
-        self.bank = MemoryBank(memory_size, precision, false_alarm_rate=rate)
+        self.memory_size = memory_size
+        size = MEMORY_SIZE if memory_size is None else memory_size
+        self.bank = MemoryBank(size, precision, false_alarm_rate=rate)
         self.update: Update | None = None
         self.interrupted: Update | None = None
         self.backbone = backbone
@@ -238,7 +240,7 @@ class ContinualPatchCoreModel(nn.Module):
         """The bank, in the middle of an update all of that, and what it depends on, as tensors and plain data."""
         arrays, plain = state.to_arrays(self.update or self.interrupted or self.bank)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        asked = {"backbone": self.backbone, "layers": self.layers, "false_alarm_rate": self.false_alarm_rate}
+        asked = {key: getattr(self, key) for key in ("backbone", "layers", "false_alarm_rate", "memory_size")}
         return {**asked, "tensors": tensors, "plain": plain}
 
     def set_extra_state(self, saved: dict[str, Any]) -> None:
@@ -247,17 +249,16 @@ class ContinualPatchCoreModel(nn.Module):
         asked, before = self.false_alarm_rate, saved.get("false_alarm_rate")
         if asked is not None and asked != before:  # else what was set since the state was made would be lost
             loaded.bank = loaded.bank.with_decision(false_alarm_rate=asked)
+        if self.memory_size is not None and self.memory_size != saved.get("memory_size", loaded.bank.size):
+            loaded.bank = loaded.bank.with_size(self.memory_size)
         self.bank, self.update, self.interrupted = loaded.bank, None, None
         if loaded.pools:
             self.interrupted = loaded
             judged_by = loaded.continued()
             judged_by.flush()
             self.bank = judged_by.bank
-        if (self.bank.size, self.bank.dtype) != (own.size, own.dtype):
-            logger.warning(
-                "The checkpoint's memory_size %d and precision %s are used, not %d and %s.",
-                *(self.bank.size, self.bank.dtype, own.size, own.dtype),
-            )
+        if self.bank.dtype != own.dtype:
+            logger.warning("The checkpoint's precision %s is used, not %s.", self.bank.dtype, own.dtype)
         self.refresh()
 
     def read_state(self, saved: dict[str, Any]) -> Update:

@@ -285,3 +285,21 @@ def test_what_was_set_survives_loading(trained: Trained, make_tiny: Make) -> Non
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     assert other.model.bank.false_alarm_rate == pytest.approx(0.1)
     assert float(other.post_processor.image_values[0, 0]) == pytest.approx(5)
+
+
+def test_the_memory_size_of_a_checkpoint(trained: Trained, make_tiny: Make) -> None:
+    """It is kept, unless another one is asked for: a larger one leaves room, a smaller one is cut."""
+    bank = trained[0].model.bank
+    for asked, size, vectors in (
+        (None, bank.size, len(bank)),
+        (2 * bank.size, 2 * bank.size, len(bank)),
+        (20, 20, 20),
+    ):
+        model = make_tiny(memory_size=asked)
+        model.load_state_dict(trained[0].state_dict())
+        assert (model.model.bank.size, len(model.model.bank)) == (size, vectors)
+        assert len(model.model.memory_bank) == size
+    model.model.bank = model.model.bank.with_size(33)  # set since: lasts over a load by one that asks for the same
+    again = make_tiny(memory_size=20)
+    again.load_state_dict(model.state_dict())
+    assert again.model.bank.size == 33

@@ -56,13 +56,18 @@ def test_set(run: Run, bundle: Path) -> None:
     assert run("undo", bundle)[0] == 0
     code, lines, _ = run("set", bundle, "--automatic", "true")
     assert (code, lines[0]["threshold"]) == (0, automatic)
+    code, lines, _ = run("set", bundle, "--memory_size", 777)
+    assert (code, lines[0]["memory_size"]) == (0, 777)
 
 
-@pytest.mark.parametrize("options", [[], ["--false_alarm_rate", "0.1", "--threshold", "3"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--false_alarm_rate", "0.1", "--threshold", "3"], ["--memory_size", "99", "--variant", "stripes"]],
+)
 def test_set_wants_one_thing(options: list[str], bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing, or two things, are refused."""
     assert main(["set", str(bundle), *options]) == 1
-    assert "Give one of --false_alarm_rate, --threshold and --automatic true" in capsys.readouterr().err
+    assert "Give one of --false_alarm_rate, --threshold, --automatic true and --memory_size" in capsys.readouterr().err
 
 
 def test_learn_a_defect(run: Run, bundle: Path, products: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_advice_on_a_small_memory() -> None:
         assert (f"{name} has {held} of {wanted}" in sentence) == (2 * held < wanted)
     enough = sum(max(both) for both in counts.values())
     assert enough > 100
-    assert f"wants a memory_size of {enough} at least." in sentence
+    assert f"A memory_size of {enough} would do" in sentence
     assert all_learned(1000).commit().advice == []
 
 
