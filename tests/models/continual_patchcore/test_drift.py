@@ -58,7 +58,7 @@ def test_loggers_are_told(
         assert ("Good images of stripes no longer look as learned" in caplog.text) == (name == "brighter")
         assert told.drift["drift/dots"] == 0
     assert values[0] < 1 < values[1]
-    model.post_processor = False
+    model.post_processor = None
     told = Told(tmp_path / "without")
     make_engine(logger=told).predict(model, data_path=tmp_path / "same")
     assert told.drift == {}
