@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from functools import cache
 from typing import TYPE_CHECKING
@@ -23,8 +24,22 @@ def core() -> ov.Core:
 _FIRST = threading.Lock()
 
 
+def import_openvino() -> None:
+    """Import OpenVINO without the package by which it looks up a host of analytics and writes to the home folder."""
+    if "openvino" in sys.modules or "openvino_telemetry" in sys.modules:
+        import openvino
+
+        return
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        import openvino  # noqa: F401
+    finally:
+        del sys.modules["openvino_telemetry"]
+
+
 @cache
 def _core() -> ov.Core:
+    import_openvino()
     import openvino as ov
 
     # Threads whose first inferences meet in this conversion wait for each other for ever; once done, it is safe.

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 # An image with a shorter side than this holds no surface to judge.
 SMALLEST_SIDE = 16
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Those that Anomalib reads; only these formats are decoded, whatever a file is called.
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def load(source: str | Path | NDArray[Any], name: str = "") -> Array:
@@ -60,7 +62,7 @@ def _from_file(path: Path) -> Array:
 def _pixels(path: Path) -> NDArray[np.uint8]:
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         _check_header(image, path)
         return np.asarray(image.convert("RGB"))
 
@@ -76,7 +78,7 @@ def check_file(path: str | Path) -> None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             _check_header(image, path)
     except OSError:
         return
@@ -172,5 +174,11 @@ def image_hash(image: Array) -> int:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Image files below a folder, sorted by path."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """Image files below a folder, sorted by path, without hidden ones and those in hidden folders."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )

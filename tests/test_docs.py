@@ -82,6 +82,9 @@ SMALLER = {
     "python tests/benchmarks/continual.py": "--products '[hazelnut, pill]' --sizes '[50]' --orders 2",
     "python tests/benchmarks/drift.py": "--products '[pill]' --runs 1",
     "python tests/benchmarks/decisions.py": "--products '[hazelnut, pill]' --sizes '[50]' --images '[2]' --draws 1",
+    "python tests/benchmarks/blurred.py": "--sizes '[50]'",
+    "python tests/benchmarks/shown_defects.py": "--products '[hazelnut, pill]' --sizes '[50]' --folds 1",
+    "python tests/benchmarks/updating.py": "--products '[hazelnut, pill]' --sizes '[50]' --refits 1",
     "python tests/benchmarks/synthesis.py": "--count 2 --sides '[64]'",
 }
 # Those that take longest, by how they begin, where a quick one is much the same; none needs what another one made.
@@ -92,8 +95,11 @@ SLOW = (
     "anomalib train --config configs/model/crr.yaml",
     "anomalib train --model Crr --model.head_width",
     "anomalib train --model Padim",
+    "python tests/benchmarks/blurred.py",
     "python tests/benchmarks/decisions.py",
     "python tests/benchmarks/drift.py",
+    "python tests/benchmarks/shown_defects.py",
+    "python tests/benchmarks/updating.py",
 )
 
 

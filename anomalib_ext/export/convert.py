@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from openvino_export.bundle import ir
+from openvino_export.device import import_openvino
 
 from .contract import EMBEDDING, INPUT, BundleContent
 
@@ -30,6 +31,7 @@ def without_telemetry() -> Generator[None]:
     user's home and the variable `CI` of the whole process, are not ours to set. One thread at a time is within: of two
     that overlap, the second would restore what the first had put there.
     """
+    import_openvino()
     from openvino_telemetry.utils.sender import TelemetrySender
 
     with _SILENCED:

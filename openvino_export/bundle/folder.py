@@ -77,6 +77,7 @@ def read(
     if not folder.is_dir():
         msg = f"There is no bundle folder {folder}. Give the folder that an export to openvino wrote (with {METADATA})."
         raise FileNotFoundError(msg)
+    _refuse_links(folder)
     if (folder / _NEXT).exists():
         try:
             with locked(folder, timeout=0):
@@ -164,6 +165,14 @@ def _refuse_outside(folder: Path, name: str) -> None:
         raise BundleError(msg)
 
 
+def _refuse_links(folder: Path) -> None:
+    """Refuse working folders and a lock that are links: files elsewhere would be moved or overwritten."""
+    for name in (_STAGING, _NEXT, _PREVIOUS, _LOCK):
+        if (folder / name).is_symlink():
+            msg = f"{folder / name} is a link, which no bundle has; it is not followed. Delete it, or copy the folder."
+            raise BundleError(msg)
+
+
 @contextmanager
 def locked(folder: str | Path, timeout: float = 60.0) -> Generator[None, None, None]:
     """Keep other writers away, and finish the update of one that was killed.
@@ -180,6 +189,7 @@ def locked(folder: str | Path, timeout: float = 60.0) -> Generator[None, None, N
         BundleError: If the folder cannot be written.
     """
     folder = Path(folder)
+    _refuse_links(folder)
     try:
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:

@@ -27,14 +27,14 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a subcommand and return its exit code: 0 good, 3 anomalous, 1 error, 2 wrong arguments."""
+    """Run a subcommand and return its exit code: 0 good, 3 anomalous, 4 undecided, 1 error, 2 wrong arguments."""
     # Before NumPy is imported: its threads would keep OpenVINO's from the processor.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from jsonargparse import auto_cli
 
     description = (
         "Inspect with a bundle that the export to openvino has written, and go on learning. "
-        "Exit codes: 0 good; 3 anomalous, held back or different; 1 error; 2 wrong arguments."
+        "Exit codes: 0 good; 3 anomalous, held back or different; 4 not judged; 1 error; 2 wrong arguments."
     )
     try:
         return int(auto_cli(COMMANDS, args=args, as_positional=True, description=description))

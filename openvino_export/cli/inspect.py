@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openvino_export.cli.output import ANOMALOUS, GOOD, prediction_line, print_line, progress
+from openvino_export.cli.output import GOOD, UNDECIDED, exit_code, prediction_line, print_line, progress, write_heat_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -26,7 +26,8 @@ def predict(
 ) -> int:
     """Judge an image, a folder of images, a video file or a camera.
 
-    Writes one JSON line for each image. Exits with 0 if all are good, with 3 if one is anomalous, with 1 on errors.
+    Writes one JSON line for each image, of a folder for an unreadable one too. Exits with 0 if all are good, with 3 if
+    one is anomalous, with 4 if one could not be judged, with 1 on errors.
 
     Args:
         bundle: Folder that the export to openvino has written.
@@ -42,15 +43,25 @@ def predict(
 
     refuse_output_among_images(output, source)
     detector = EdgeDetector(bundle, device, precision)
-    anomalous = False
+    code = GOOD
     images, total = named_images(source, frames)
+    is_folder = Path(source).is_dir()
     with progress("judged", total) as show:
         for number, (name, image) in enumerate(images, 1):
-            result = detector.predict(image)
-            anomalous |= bool(result.pred_label)
-            print_line(prediction_line(result, name, image, output))
+            try:
+                result = detector.predict(image)
+            except (OSError, ValueError) as error:
+                if not is_folder:
+                    raise
+                print_line({"source": str(image), "error": str(error)})
+                code = UNDECIDED
+            else:
+                code = max(code, exit_code(result))
+                line = prediction_line(result, name, output)
+                print_line(line)
+                write_heat_map(line, result, image)
             show(number)
-    return ANOMALOUS if anomalous else GOOD
+    return code
 
 
 def watch(
@@ -86,7 +97,7 @@ def watch(
     refuse_output_among_images(output, folder)
     watched = Path(folder).resolve()
     detector = EdgeDetector(bundle, device)
-    anomalous, last_change = False, time.monotonic()
+    code, last_change = GOOD, time.monotonic()
     monitor = detector.drift_monitor()
     seen: dict[Path, list[int]] = {}  # size and time of change at the last look
     with _journal(Path(output or watched) / "predictions.jsonl") as (judged, add):
@@ -105,20 +116,24 @@ def watch(
                 if seen.get(path) != state:  # it may be in the middle of being written
                     seen[path] = state
                     continue
+                result = None
                 try:
                     result = detector.predict(path)
                 except (OSError, ValueError) as error:
                     line: dict[str, Any] = {"source": str(path), "error": str(error)}
+                    code = UNDECIDED
                 else:
-                    anomalous |= bool(result.pred_label)
-                    line = prediction_line(result, str(path.relative_to(watched)), path, output)
+                    code = max(code, exit_code(result))
+                    line = prediction_line(result, str(path.relative_to(watched)), output)
                     if monitor is not None and monitor.add(result):
                         line["drift"] = True
                         _warn_of_drift(str(result.variant))
+                add({**line, "state": state})  # before anything else can fail
                 print_line(line)
-                add({**line, "state": state})
+                if result is not None:
+                    write_heat_map(line, result, path)
             time.sleep(interval)
-    return ANOMALOUS if anomalous else GOOD
+    return code
 
 
 def _warn_of_drift(variant: str) -> None:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from openvino_export.detector import Prediction
 
-# Exit codes; 2 is that of wrong arguments. `learn` gives the last for images held back, `parity` for a difference.
-GOOD, ERROR, ANOMALOUS = 0, 1, 3
+# Exit codes; 2 is that of wrong arguments. `learn` gives ANOMALOUS for images held back, `parity` for a difference. Of
+# several images the highest counts: one that could not be judged above an anomalous one.
+GOOD, ERROR, ANOMALOUS, UNDECIDED = 0, 1, 3, 4
 
 
 def print_line(content: dict[str, Any]) -> None:
@@ -29,16 +30,18 @@ def print_line(content: dict[str, Any]) -> None:
     print(json.dumps(content), flush=True)
 
 
-def prediction_line(
-    result: Prediction, name: str, image: Path | NDArray[np.uint8], output: str | None
-) -> dict[str, Any]:
-    """Content of the line about an image; its heat map is written as well if there is a folder for it.
+def exit_code(result: Prediction) -> int:
+    """What an image means for the exit code."""
+    return UNDECIDED if result.pred_label is None else ANOMALOUS if result.pred_label else GOOD
+
+
+def prediction_line(result: Prediction, name: str, output: str | None) -> dict[str, Any]:
+    """Content of the line about an image.
 
     Args:
         result: What was said about the image.
         name: Path of the image relative to its source, or the name of a frame.
-        image: Path or RGB pixels of 8 bits.
-        output: Folder for heat maps; none is written without it.
+        output: Folder for heat maps, which :func:`write_heat_map` writes.
     """
     line = {
         "source": result.source or name,
@@ -49,12 +52,26 @@ def prediction_line(
     if result.is_sure is not None:
         line["is_sure"] = result.is_sure
     if output is not None:
-        from openvino_export.cli.overlay import write_overlay
-
-        target = Path(output) / (name if name.endswith(".png") else f"{name}.png")
-        write_overlay(result, image, target)
-        line["overlay"] = str(target)
+        line["overlay"] = str(Path(output) / (name if name.endswith(".png") else f"{name}.png"))
     return line
+
+
+def write_heat_map(line: dict[str, Any], result: Prediction, image: Path | NDArray[np.uint8]) -> None:
+    """Write the heat map that a line names; if that fails, say so and go on.
+
+    Args:
+        line: What :func:`prediction_line` gave.
+        result: What was said about the image.
+        image: Path or RGB pixels of 8 bits.
+    """
+    if "overlay" not in line:
+        return
+    from openvino_export.cli.overlay import write_overlay
+
+    try:
+        write_overlay(result, image, Path(line["overlay"]))
+    except (OSError, ValueError) as error:  # the image was taken away, or the disk is full
+        print(f"The heat map {line['overlay']} was not written: {error}.", file=sys.stderr, flush=True)
 
 
 @contextmanager

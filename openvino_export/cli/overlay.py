@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageFilter
+
+from openvino_export.images import FORMATS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,22 +44,30 @@ def write_overlay(result: Prediction, image: Path | NDArray[Any], target: Path) 
         image: Path or RGB pixels of 8 bits.
         target: File to write.
     """
-    picture = Image.open(image) if isinstance(image, Path) else Image.fromarray(image)
+    picture = Image.open(image, formats=FORMATS) if isinstance(image, Path) else Image.fromarray(image)
     picture = picture.convert("RGB")
     values = result.anomaly_map
     if result.pred_mask is None:  # without thresholds, in the range of the image
         values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
-    heat = Image.fromarray(np.clip(values, 0, 1).astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
-    strength = np.asarray(heat)[..., None]
-    # From blue over yellow to red, and the more opaque the more anomalous.
-    colors = np.concatenate([2 * strength, 1.6 - 2 * np.abs(strength - 0.5) - 0.6, 1 - 2 * strength], axis=2)
-    share = 0.65 * np.clip(2 * strength - 0.5, 0, 1)
-    pixels = np.asarray(picture) * (1 - share) + 255 * np.clip(colors, 0, 1) * share
-    mixed = Image.fromarray(pixels.astype(np.uint8))
+    levels = np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
+    colors, shares = _palette()
+    # Colors and borders at the size of the map, which is small; only the blending is at the size of the image.
+    heat = Image.fromarray(colors[levels]).resize(picture.size, Image.Resampling.BILINEAR)
+    share = Image.fromarray(shares[levels]).resize(picture.size, Image.Resampling.BILINEAR)
+    picture.paste(heat, (0, 0), share)
     if result.pred_mask is not None:
-        mask = Image.fromarray(result.pred_mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
-        width = max(3, min(picture.size) // 150 * 2 + 1)
-        border = np.asarray(mask.filter(ImageFilter.MaxFilter(width))) != np.asarray(mask)
-        mixed.paste((255, 255, 255), (0, 0), Image.fromarray(border.astype(np.uint8) * 255))
+        mask = Image.fromarray(result.pred_mask.astype(np.uint8) * 255)
+        border = np.asarray(mask.filter(ImageFilter.MaxFilter(3))) != np.asarray(mask)
+        outline = Image.fromarray(border.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
+        picture.paste((255, 255, 255), (0, 0), outline)
     target.parent.mkdir(parents=True, exist_ok=True)
-    mixed.save(target)
+    picture.save(target)
+
+
+@cache
+def _palette() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Color of each of 256 levels, from blue over yellow to red, and its opacity, which rises with them."""
+    strength = np.linspace(0, 1, 256)[:, None]
+    colors = np.concatenate([2 * strength, 1.6 - 2 * np.abs(strength - 0.5) - 0.6, 1 - 2 * strength], axis=1)
+    shares = 0.65 * np.clip(2 * strength[:, 0] - 0.5, 0, 1)
+    return (255 * np.clip(colors, 0, 1)).astype(np.uint8), (255 * shares).astype(np.uint8)

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,7 @@ def test_one_core() -> None:
 
 FIRST_TOGETHER = """
 import sys
+from pathlib import Path
 import threading
 from openvino_export.device import core
 
@@ -50,3 +52,21 @@ for thread in threads:
 def test_threads_that_begin_together_do_not_wait_for_ever() -> None:
     """OpenVINO's first conversion of a type is not safe for several threads."""
     subprocess.run([sys.executable, "-c", FIRST_TOGETHER], check=True, timeout=100)
+
+
+def test_nothing_is_asked_of_the_network(exported: Path) -> None:
+    """Neither OpenVINO nor a detector opens a socket, looks up a host or starts a program; its user may still do so."""
+    code = """
+import sys
+from pathlib import Path
+seen = []
+events = {"socket.connect", "socket.getaddrinfo", "os.fork", "os.posix_spawn", "subprocess.Popen"}
+sys.addaudithook(lambda event, args: seen.append((event, args)) if event in events else None)
+from openvino_export import EdgeDetector
+EdgeDetector(sys.argv[1]).info()
+assert "openvino" in sys.modules and "openvino_telemetry" not in sys.modules
+import openvino_telemetry
+print(seen)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(exported)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

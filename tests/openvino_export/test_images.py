@@ -9,9 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import Resize
 
-from openvino_export.images import check_file, check_values, files_in, image_hash, load, resize
+from openvino_export.images import SUFFIXES, check_file, check_values, files_in, image_hash, load, resize
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -123,12 +124,32 @@ def test_files_that_are_good_or_gone(tmp_path: Path) -> None:
 
 
 def test_files_in_a_folder(tmp_path: Path) -> None:
-    """Those of images, sorted by path, whatever the case of their ending, and below other folders too."""
+    """Those of images that are not hidden, sorted by path, whatever the case of their ending, in other folders too."""
     (tmp_path / "b" / "folder.png").mkdir(parents=True)
-    names = ["a.PNG", "b/c.jpeg", "b/folder.png/d.TIFF", "z.webp"]
-    for name in [*names, "notes.txt", "b/.png"]:
+    names = ["a.PNG", "b/c.jpeg", "b/d.pgm", "b/folder.png/d.TIFF", "z.webp"]
+    (tmp_path / ".trash").mkdir()
+    for name in [*names, "notes.txt", "b/.png", "b/._c.jpeg", ".trash/e.png"]:
         (tmp_path / name).touch()
     assert [path.relative_to(tmp_path).as_posix() for path in files_in(tmp_path)] == names
+
+
+def test_the_formats_that_anomalib_reads() -> None:
+    """Are those of the edge."""
+    assert set(IMG_EXTENSIONS) == SUFFIXES
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_other_formats_start_no_program(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript under another name is not given to Ghostscript, which would run what it says."""
+    program = tmp_path / "gs"
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "ran"}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    path = tmp_path / f"part{suffix}"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        load(path)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(("value", "fits"), [(-2e-3, False), (-5e-4, True), (1 + 5e-4, True), (1 + 2e-3, False)])

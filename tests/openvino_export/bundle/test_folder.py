@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,19 @@ def test_a_folder_that_cannot_be_written(bundle: Path, good: dict[str, list[Path
     with pytest.raises(BundleError, match="Copy it to a folder that you may write to"):
         detector.save()
     assert detector.predict(good["dots"][0]).variant == "dots"
+
+
+@pytest.mark.parametrize("name", [".next", ".staging", ".previous", ".lock"])
+def test_links_are_not_followed(name: str, bundle: Path, tmp_path: Path) -> None:
+    """Reading and changing refuse a working folder, or a lock, that is a link; what it leads to stays as it is."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "model.bin").write_text("of another model")
+    shutil.rmtree(bundle / name, ignore_errors=True)
+    (bundle / name).unlink(missing_ok=True)
+    (bundle / name).symlink_to(victim / "model.bin" if name == ".lock" else victim)
+    for touch in (lambda: bundles.read(bundle), lambda: bundles.undo(bundle), lambda: EdgeDetector(bundle)):
+        with pytest.raises(BundleError, match="is a link, which no bundle has; it is not followed"):
+            touch()
+    assert (victim / "model.bin").read_text() == "of another model"
+    assert [path.name for path in victim.iterdir()] == ["model.bin"]

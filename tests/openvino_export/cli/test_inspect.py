@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from openvino_export.cli import main
+from openvino_export.decision import Prediction
 
 COMMAND = [sys.executable, "-c", "import sys; from openvino_export.cli import main; sys.exit(main(sys.argv[1:]))"]
 Run = Callable[..., tuple[int, list[dict[str, Any]], str]]
@@ -56,7 +57,7 @@ def test_watch(run: Run, set_clock: SetClock, bundle: Path, products: Path, tmp_
     parts = [image[first : first + step] for first in range(0, len(image), step)]
     clock = set_clock(None, None, learn, *(partial(write, part) for part in parts))
     code, lines, _ = run("watch", bundle, folder, "--idle", "0.95", "--interval", "0.1")
-    assert code == 0
+    assert code == 4  # for the broken one
     assert not clock.events
     assert clock.now == pytest.approx(0.1 * (3 + len(parts) + 1 + 10))  # ten looks after the one that judges b.png
     lines = [line for line in lines if "source" in line]
@@ -113,3 +114,58 @@ def test_watch_goes_on_after_a_kill(
         "maps/c.png",
     }
     assert run(*arguments, "--idle", "0.5")[:2] == (0, [])
+
+
+def test_predict_goes_on_after_a_broken_image(run: Run, bundle: Path, products: Path, tmp_path: Path) -> None:
+    """The rest of the folder is judged; "could not be judged" counts above anomalous; alone, it is an error."""
+    folder = tmp_path / "images"
+    shutil.copytree(products / "stripes" / "test" / "hole", folder)
+    count = len(list(folder.iterdir()))
+    broken = folder / "000_broken.png"
+    broken.write_bytes(b"no image")
+    (folder / "._hidden.png").write_bytes(b"as some file systems leave it")
+    code, lines, _ = run("predict", bundle, folder)
+    assert code == 4
+    assert [line["source"] for line in lines if "error" in line] == [str(broken)]
+    assert sum("pred_label" in line for line in lines) == count
+    code, _, errors = run("predict", bundle, broken)
+    assert (code, str(broken) in errors) == (1, True)
+
+
+def test_no_decision_is_not_good(run: Run, without_bank: Path, products: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that could not be decided has an exit code of its own."""
+    from openvino_export.detector import EdgeDetector
+
+    undecided = Prediction(0.5, None, np.zeros((4, 4), np.float32), None, None)
+    monkeypatch.setattr(EdgeDetector, "predict", lambda *_: undecided)
+    assert run("predict", without_bank, products / "stripes" / "test" / "good" / "000.png")[0] == 4
+
+
+def test_watch_keeps_a_verdict_whose_heat_map_fails(
+    run: Run, set_clock: SetClock, bundle: Path, products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image is taken away just then: the verdict is recorded and printed, and it goes on."""
+    from openvino_export.detector import EdgeDetector
+
+    folder, maps = tmp_path / "camera", tmp_path / "maps"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(products / "stripes" / "test" / "good" / "000.png", folder / name)
+    judge = EdgeDetector.predict
+
+    def take_away(self: EdgeDetector, image: Path) -> Any:  # noqa: ANN401
+        result = judge(self, image)
+        if image.name == "a.png":
+            image.unlink()
+        return result
+
+    monkeypatch.setattr(EdgeDetector, "predict", take_away)
+    set_clock()
+    code, lines, errors = run("watch", bundle, folder, "--output", maps, "--idle", "0.5", "--interval", "0.1")
+    assert code == 0
+    assert [Path(line["source"]).name for line in lines] == ["a.png", "b.png"]
+    recorded = [json.loads(line) for line in (maps / "predictions.jsonl").read_text().splitlines()]
+    assert [line["pred_label"] for line in recorded] == [False, False]
+    assert "a.png was not written" in errors
+    assert (maps / "b.png").is_file()
+    assert not (maps / "a.png").exists()
