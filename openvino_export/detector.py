@@ -201,6 +201,8 @@ class EdgeDetector:
         if not items:
             msg = "There are no images to learn."
             raise ValueError(msg)
+        self._known()
+        places = regions_of(regions, len(items), defective=defective)
         if defective and not takes_defects(self._bundle.metadata):
             msg = f"The bundle {self._bundle.folder} takes no defects: a former version wrote it. Export it again."
             raise BundleError(msg)
@@ -208,7 +210,7 @@ class EdgeDetector:
             known = self._known()
             update = Update(known.bank)
             limits = None if force else image_thresholds(known.bank)
-            for number, (item, region) in enumerate(zip(items, regions_of(regions, len(items)), strict=True), 1):
+            for number, (item, region) in enumerate(zip(items, places, strict=True), 1):
                 name = _source(item) or f"image {number}"
                 loaded = load(item, name)
                 image = resize(loaded, self.input_size)
@@ -258,7 +260,11 @@ class EdgeDetector:
             ValueError: If there are more variants, or the bundle has no memory bank.
         """
         with self._changing:
-            self._decider = Decider(self._known().bank.with_size(size), self._bundle.metadata)
+            bank = self._known().bank.with_size(size)
+            if len(bank) < (neighbors := int(self._bundle.metadata.get("num_neighbors", 1))):
+                msg = f"memory_size must be at least {neighbors}, the num_neighbors of the model, got {size}."
+                raise ValueError(msg)
+            self._decider = Decider(bank, self._bundle.metadata)
 
     def _embed(self, image: Array) -> Array:
         """Patch embeddings, shape `(h, w, d)`."""

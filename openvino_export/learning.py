@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,15 +15,15 @@ from .images import load
 from .memory.guard import hold_back
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from .memory.memory_bank import MemoryBank
     from .memory.update import Update
 
 Array: TypeAlias = NDArray[np.float32]
-# Path of a mask, or a mask of the image's shape, or left, top, right and bottom of a box in pixels of the image.
-Box: TypeAlias = tuple[int, int, int, int]
-Region: TypeAlias = str | Path | NDArray[np.bool_] | Box
+# Path of a mask, or a mask of the image's shape, or left, top, right and bottom of a box in pixels of the image,
+# in any sequence. A mask marks what is above half of its largest value.
+Region: TypeAlias = str | Path | NDArray[Any] | Sequence[float]
 
 
 def take_in(
@@ -91,19 +92,19 @@ def show_defect(
     update.show_defect(embedding, variant, region=shares, map_size=map_size, name=name)
 
 
-def regions_of(regions: Region | Sequence[Region] | None, count: int) -> list[Region | None]:
+def regions_of(regions: Region | Sequence[Region] | None, count: int, *, defective: bool) -> list[Region | None]:
     """One region for each of several images.
 
     Raises:
-        ValueError: If there are more or fewer.
+        ValueError: If there are more or fewer, or the images are not defective.
     """
     if regions is None:
         return [None] * count
-    several: list[Any]
-    if isinstance(regions, (str, Path, np.ndarray)) or all(isinstance(side, int) for side in regions):
-        several = [regions]
-    else:
-        several = list(regions)
+    if not defective:
+        msg = "Regions tell where defects are; give them with defective=True, or learn without them."
+        raise ValueError(msg)
+    is_one = isinstance(regions, (str, Path, np.ndarray)) or (len(regions) > 0 and _is_number(regions[0]))
+    several: list[Any] = [regions] if is_one else [*regions]  # type: ignore[misc]
     if len(several) != count:
         msg = f"There are {count} images and {len(several)} regions; give one for each image."
         raise ValueError(msg)
@@ -128,17 +129,34 @@ def region_of_patches(region: Region, image: tuple[int, int], grid: tuple[int, i
     """
     from PIL import Image
 
-    if isinstance(region, tuple):
-        left, top, right, bottom = (max(0, side) for side in region)
-        mask = np.zeros(image, bool)
-        mask[top:bottom, left:right] = True
+    if isinstance(region, (str, Path)):
+        values = load(region).max(axis=0)
+    elif np.ndim(region) == 1:
+        values = _inside(region, image, name)
     else:
-        mask = load(region).max(axis=0) > 0.5 if isinstance(region, (str, Path)) else region > 0
-        if mask.shape != image:
-            msg = f"The mask of {name} is of shape {mask.shape}, the image of {image}; they must be alike."
-            raise ValueError(msg)
+        values = np.asarray(region, np.float32)
+        values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
+    mask = values > values.max(initial=0) / 2
+    if mask.shape != image:
+        msg = f"The mask of {name} is of shape {mask.shape}, the image of {image}; they must be alike."
+        raise ValueError(msg)
     if not mask.any():
         msg = f"The mask or box of {name} marks nothing of it; it has {image[1]} x {image[0]} pixels."
         raise ValueError(msg)
     shares = Image.fromarray(mask.astype(np.float32)).resize(grid[::-1], Image.Resampling.BOX)
     return np.asarray(shares)
+
+
+def _inside(box: Any, image: tuple[int, int], name: str) -> Array:  # noqa: ANN401  # as it comes from users
+    """Mask of a box."""
+    if len(box) != 4 or not all(_is_number(side) and np.isfinite(side) for side in box):
+        msg = f"The box of {name} is {box}, not left, top, right and bottom in pixels, such as (20, 30, 60, 50)."
+        raise ValueError(msg)
+    left, top, right, bottom = (max(0, round(float(side))) for side in box)
+    mask = np.zeros(image, np.float32)
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating))

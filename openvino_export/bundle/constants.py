@@ -18,21 +18,11 @@ if TYPE_CHECKING:
     from openvino_export.memory.memory_bank import MemoryBank
 
 # Names of the constants of model.xml that learning changes.
-CONSTANTS = (
-    "bank.vectors",
-    "bank.squares",
-    "bank.owners",
-    "bank.positions",
-    "bank.defects",
-    "bank.defect_squares",
-    "bank.defect_scales",
-    "bank.defect_owners",
-    "bank.image_values",
-    "bank.pixel_values",
-)
-# Those of them that bundles have had only since defects can be shown, and those of thresholds by variant.
-DEFECT_CONSTANTS = CONSTANTS[4:8]
-VALUE_CONSTANTS = CONSTANTS[8:]
+SEARCH_CONSTANTS = ("bank.vectors", "bank.squares")
+VOTE_CONSTANTS = ("bank.owners", "bank.positions")
+DEFECT_CONSTANTS = ("bank.defects", "bank.defect_squares", "bank.defect_scales", "bank.defect_owners")
+VALUE_CONSTANTS = ("bank.image_values", "bank.pixel_values")
+CONSTANTS = SEARCH_CONSTANTS + VOTE_CONSTANTS + DEFECT_CONSTANTS + VALUE_CONSTANTS
 # Room for the thresholds of so many variants, doubled until all fit.
 SMALLEST_CAPACITY = 64
 
@@ -42,9 +32,9 @@ def constants_in(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     by_variant = metadata.get("variant_thresholds", True) and (
         metadata.get("normalization") or metadata.get("thresholding")
     )
-    if takes_defects(metadata):
-        return CONSTANTS if by_variant else CONSTANTS[:8]
-    return CONSTANTS[:4] + VALUE_CONSTANTS if by_variant else CONSTANTS[:2]
+    votes = VOTE_CONSTANTS if takes_defects(metadata) or by_variant else ()
+    defects = DEFECT_CONSTANTS if takes_defects(metadata) else ()
+    return SEARCH_CONSTANTS + votes + defects + (VALUE_CONSTANTS if by_variant else ())
 
 
 def takes_defects(metadata: Mapping[str, Any]) -> bool:

@@ -58,8 +58,8 @@ def predict(
             else:
                 code = max(code, exit_code(result))
                 line = prediction_line(result, name, output)
-                print_line(line)
                 write_heat_map(line, result, image)
+                print_line(line)
             show(number)
     return code
 
@@ -129,9 +129,9 @@ def watch(
                         line["drift"] = True
                         _warn_of_drift(str(result.variant))
                 add({**line, "state": state})  # before anything else can fail
-                print_line(line)
                 if result is not None:
                     write_heat_map(line, result, path)
+                print_line(line)
             time.sleep(interval)
     return code
 

@@ -30,9 +30,9 @@ def learn(
         variant: Name of the product variant that they show; found for each image if not given.
         force: Learn images that look anomalous as well.
         defective: The images are defective: what is like their defects is called anomalous from now on.
-        mask: Where the defect is: an image of the same size, white where it is, or a folder of such images with the
-            names of the defective ones or these followed by _mask.
-        box: Where the defect is in a single image: left, top, right and bottom in pixels.
+        mask: Where the defect is: an image of the same size, white where it is; or a folder with one for each image, at
+            the same place below it and of the same name, with or without _mask.
+        box: Where the defect is in a single image: left, top, right and bottom in pixels, such as '[20,30,60,50]'.
         device: Device of OpenVINO.
     """
     from openvino_export.cli.sources import image_paths
@@ -43,7 +43,10 @@ def learn(
     if not defective and (mask or box):
         msg = "A mask or box tells where a defect is; give it with --defective true."
         raise ValueError(msg)
-    regions = _masks(Path(mask), paths) if mask else box
+    if mask and box:
+        msg = "Give a mask or a box, not both."
+        raise ValueError(msg)
+    regions = _masks(Path(mask), paths, Path(source)) if mask else box
     with progress("looked at", len(paths)) as show:
         learned = detector.learn(paths, variant, force=force, defective=defective, regions=regions, progress=show)
     detector.save()
@@ -65,8 +68,8 @@ def learn(
     return ANOMALOUS if learned.held_back or report.still_good else GOOD
 
 
-def _masks(mask: Path, images: list[Path]) -> list[Path]:
-    """Mask of each image.
+def _masks(mask: Path, images: list[Path], source: Path) -> list[Path]:
+    """Mask of each image: at the same place below the folder of masks, whatever its ending, `_mask` added or not.
 
     Raises:
         FileNotFoundError: If an image has none.
@@ -75,12 +78,13 @@ def _masks(mask: Path, images: list[Path]) -> list[Path]:
 
     if not mask.is_dir():
         return [mask]
-    masks = {path.stem.removesuffix("_mask"): path for path in image_paths(mask)}
-    missing = [path.name for path in images if path.stem not in masks]
+    masks = {path.relative_to(mask).with_name(path.stem.removesuffix("_mask")): path for path in image_paths(mask)}
+    places = [path.relative_to(source if source.is_dir() else path.parent).with_suffix("") for path in images]
+    missing = [str(place) for place in places if place not in masks]
     if missing:
         msg = f"The folder {mask} has no mask of {', '.join(missing[:5])}. Call it as the image, or add _mask."
         raise FileNotFoundError(msg)
-    return [masks[path.stem] for path in images]
+    return [masks[place] for place in places]
 
 
 def set_decision(

@@ -5,9 +5,10 @@ A variant that was shown defects has a second, small bank of their patches. A pa
 to all good vectors counts as farther from good, by the ratio of both distances. The bank of good vectors, with its
 certificate and its shares, stays as it is.
 
-Each of the defective patches has a reach, which ends before the nearest known patch of a good image. So no score that a
-threshold rests on is raised, and thresholds stay as they are. A good image that is learned later shortens the reaches:
-what it looks like is good from then on.
+Each of the defective patches has a reach, which ends before the nearest good patch that is kept: the vectors, and the
+patches by which the variant judges itself. So no score that a threshold rests on is raised, and thresholds stay as they
+are. Of other good images some are raised, see docs/benchmarks.md. A good image that is learned later shortens the
+reaches by all its patches: what it looks like is good from then on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .k_center import farthest_first
-from .leave_one_out import Sample, joined, kept_patches, no_images, prefix_distances, scored
+from .leave_one_out import SHOWN, Sample, joined, kept_patches, no_images, prefix_distances, scored
 from .search import product
 from .variant import Calibration, Defects, Variant
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
+
+    from .memory_bank import MemoryBank
 
     Array = NDArray[np.float32]
 
@@ -43,8 +46,6 @@ REACH = 0.8
 LARGEST_RAISE = 2.0
 # A patch of a region, if such a share of it is inside.
 INSIDE = 0.3
-# The number, in a calibration, of the images that were shown.
-SHOWN = -2
 
 
 def raised(patches: Array, distances: Array, defects: Defects | None) -> Array:
@@ -75,7 +76,7 @@ def with_defect(
     region: Array | None = None,
     map_size: tuple[int, int] = (0, 0),
 ) -> Variant:
-    """A variant that was shown a defective image.
+    """A variant that was shown a defective image; the same object if it was shown that before.
 
     Args:
         variant: The variant, as it is in the bank.
@@ -91,6 +92,8 @@ def with_defect(
     stands_out = distances[order] >= _typical_score(variant)
     stands_out[:FEWEST_PATCHES] = True
     picks = patches[order[stands_out]]
+    if variant.defects is not None and (variant.defects.vectors[:, None] == picks).all(axis=2).any(axis=0).all():
+        return variant  # shown before
     known = variant.calibration or no_images(dimension)
     grid = (rows, columns) if all(map_size) else (0, 0)
     kept, factors = kept_patches(variant, Sample(SHOWN, patches, grid, map_size))
@@ -101,13 +104,15 @@ def with_defect(
     return replace(
         variant,
         calibration=scored(variant, joined([known, shown])),
-        defects=together(variant.defects, limited(defects, good_patches(known))),
+        defects=together(variant.defects, limited(defects, good_patches(variant))),
     )
 
 
-def score_of(variant: Variant, patches: Array) -> float:
-    """Image score by a variant alone, for patches of shape `(n, d)`."""
-    return float(raised(patches, _distances(variant, patches), variant.defects).max())
+def scored_by(bank: MemoryBank, patches: Array) -> tuple[str, float]:
+    """Variant that an image is judged by, and its largest patch distance, for patches of shape `(n, d)`."""
+    distances, index = bank.search(patches)
+    name = list(bank.variants)[int(np.bincount(bank.owners()[index]).argmax())]
+    return name, float(raised(patches, distances, bank.variants[name].defects).max())
 
 
 def limited(defects: Defects | None, good: Array) -> Defects | None:
@@ -135,17 +140,26 @@ def together(one: Defects | None, other: Defects | None) -> Defects | None:
 
 
 def within_bounds(variants: Mapping[str, Variant]) -> dict[str, Variant]:
-    """The variants, with so many defective patches that all have room; each has the same share."""
-    number = sum(variant.defects is not None for variant in variants.values())
-    return {name: _thinned(variant, DEFECT_VECTORS // max(1, number)) for name, variant in variants.items()}
+    """The variants, with so many defective patches that all have room; those with most of them are thinned."""
+    counts = sorted(len(each.defects.reaches) for each in variants.values() if each.defects is not None)
+    limit, left = DEFECT_VECTORS, DEFECT_VECTORS
+    for position, count in enumerate(counts):
+        limit = left // (len(counts) - position)
+        if count > limit:
+            break
+        left -= count
+    else:
+        return dict(variants)
+    return {name: _thinned(variant, limit) for name, variant in variants.items()}
 
 
-def good_patches(calibration: Calibration | None) -> Array:
-    """Patches of good images that are known, shape `(n, d)`."""
-    if calibration is None:
-        return np.empty((0, 0), np.float32)
-    patches = calibration.patches[~calibration.labels]
-    return patches.reshape(-1, patches.shape[-1]).astype(np.float32)
+def good_patches(variant: Variant) -> Array:
+    """All good patches of a variant that are kept, shape `(n, d)`."""
+    known = [variant.vectors.astype(np.float32)]
+    if variant.calibration is not None:
+        patches = variant.calibration.patches[~variant.calibration.labels]
+        known.append(patches.reshape(-1, patches.shape[-1]).astype(np.float32))
+    return np.concatenate(known)
 
 
 def _distances(variant: Variant, patches: Array) -> Array:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .defects import raised
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -20,8 +22,8 @@ SUSPICION = 1.75
 
 def excess(
     patches: NDArray[np.float32], variant: str | None, bank: MemoryBank, thresholds: Mapping[str, float]
-) -> float:
-    """Score of an image as a multiple of its variant's threshold; suspicious above :data:`SUSPICION`.
+) -> tuple[float, float]:
+    """Score of an image as a multiple of its variant's threshold, without and with what defects that were shown add.
 
     Args:
         patches: Patch embeddings of the image, shape `(n, d)`.
@@ -30,13 +32,15 @@ def excess(
         thresholds: Image threshold of each variant; infinite where unknown.
 
     Returns:
-        The multiple; 0 if nothing is known of the variant.
+        Both multiples; 0 if nothing is known of the variant.
     """
     variant = variant if variant is not None else bank.identify(patches)
     threshold = thresholds.get(variant, 0.0) if variant is not None else 0.0
     if not threshold > 0:  # NaN as well
-        return 0.0
-    return float(bank.search(patches)[0].max()) / threshold
+        return 0.0, 0.0
+    distances = bank.search(patches)[0]
+    defects = bank.variants[variant].defects if variant in bank.variants else None
+    return float(distances.max()) / threshold, float(raised(patches, distances, defects).max()) / threshold
 
 
 def hold_back(
@@ -49,6 +53,8 @@ def hold_back(
 ) -> bool:
     """Whether an image is suspicious and so is not to be learned; the report of the update then names it.
 
+    It is if it scores far above the threshold, or above it only because it looks like a defect that was shown.
+
     Args:
         report: Report of the update that it was meant for.
         name: What the report calls the image.
@@ -57,8 +63,8 @@ def hold_back(
         bank: What was known before the update.
         thresholds: Image threshold of each variant.
     """
-    multiple = excess(patches, variant, bank, thresholds)
-    if multiple <= SUSPICION:
+    plain, like_defects = excess(patches, variant, bank, thresholds)
+    if plain <= SUSPICION and not plain <= 1 < like_defects:
         return False
-    report.held_back[name] = multiple
+    report.held_back[name] = like_defects
     return True

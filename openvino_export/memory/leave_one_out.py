@@ -40,7 +40,9 @@ CALIBRATION_PATCHES = PATCHES_BY_SHARE * len(CALIBRATION_SHARES)
 FIRST_VECTORS = (128, 1024)
 FIRST_PATCHES = 64  # of each
 LEARNED_IMAGES = 64  # that are kept of a variant
-VALIDATION_IMAGES = 32  # of each label
+VALIDATION_IMAGES = 32  # of each label, and so many defective images that were shown
+# In place of the number of an image in its variant: of validation, and shown as defective.
+NOT_LEARNED, SHOWN = -1, -2
 # What the budget is to lower is the sum over variants of this power of one and what good images score too high, by the
 # logarithm of their scores. Much more than one spares the variant that suffers most. Chosen on eleven products, see
 # docs/benchmarks.md.
@@ -199,8 +201,8 @@ def joined(parts: Sequence[Calibration]) -> Calibration:
     learned = np.flatnonzero((origins >= 0) & ~labels)
     learned = learned[np.sort(np.unique(origins[learned], return_index=True)[1])]  # each once
     kept = [learned[np.argsort(rank(origins[learned]), kind="stable")[:LEARNED_IMAGES]]]
-    for label in (False, True):
-        others = np.flatnonzero((origins < 0) & (labels == label))
+    for kind, label in ((NOT_LEARNED, False), (NOT_LEARNED, True), (SHOWN, True)):
+        others = np.flatnonzero((origins == kind) & (labels == label))
         if len(others) > VALIDATION_IMAGES:
             others = others[np.linspace(0, len(others) - 1, VALIDATION_IMAGES).astype(int)]
         kept.append(others)

@@ -60,13 +60,13 @@ class MemoryBank:
         image_hashes: NDArray[np.int64] | None = None,
         false_alarm_rate: float = FALSE_ALARM_RATE,
     ) -> None:
-        if size < 1:
-            msg = f"memory_size must be at least 1, got {size}."
+        if not isinstance(size, (int, np.integer)) or size < 1:
+            msg = f"memory_size must be a whole number of at least 1, got {size!r}."
             raise ValueError(msg)
         if dtype not in {"float32", "float16"}:
             msg = f"precision must be 'float32' or 'float16', got {dtype!r}."
             raise ValueError(msg)
-        self.size = size
+        self.size = int(size)
         self.dtype = np.dtype(dtype)
         self.false_alarm_rate = check_rate(false_alarm_rate)
         shares = shares_by_need(variants or {}, size)
@@ -94,7 +94,7 @@ class MemoryBank:
         Raises:
             ValueError: If it is less than one vector for each variant.
         """
-        if size < len(self.variants):
+        if isinstance(size, (int, np.integer)) and size < len(self.variants):
             msg = f"memory_size must be at least {len(self.variants)}, one vector for each variant, got {size}."
             raise ValueError(msg)
         return MemoryBank(size, self.dtype.name, self.variants, self.image_hashes, self.false_alarm_rate)

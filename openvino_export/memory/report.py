@@ -65,7 +65,7 @@ class Report:
         self.advice = advice(bank, self.variants)
         self.advice += [
             f"{name} was shown as defective and is still called good: what is seen of its defect looks as good parts "
-            "do. Show where it is, with a mask or a box; or take larger images."
+            "do. It may help to show where it is, with a mask or a box; or take larger images."
             for name in self.still_good
         ]
 

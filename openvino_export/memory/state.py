@@ -211,6 +211,10 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         KeyError: If something is missing.
     """
     entries = plain["variants"]
+    for entry in entries:
+        for key in ("vectors", "calibration_images", "defects", "shown"):
+            if type(entry[key]) is not int or entry[key] < 0:
+                return [f"{key} of {entry['name']} is {entry[key]!r}, no count"]
     counts = [entry["vectors"] for entry in entries]
     images = sum(entry["calibration_images"] for entry in entries)
     defects = sum(entry["defects"] for entry in entries)
@@ -287,8 +291,8 @@ def _problems_of_variant(
         problems.append(f"stand_ins of {name} are negative or NaN")
     if entry["floor"] is not None and not math.isfinite(entry["floor"]):
         problems.append(f"floor of {name} is not finite")
-    if not all(entry[key] >= 0 for key in ("resolution", "spread", "images", "wanted", "shown")):
-        problems.append(f"resolution, spread, images, wanted or shown of {name} are out of range")
+    if not all(entry[key] >= 0 for key in ("resolution", "spread", "images", "wanted")):
+        problems.append(f"resolution, spread, images or wanted of {name} are out of range")
     if entry["defects"] and not entry["shown"]:
         problems.append(f"{name} holds defects of no image")
     rate = entry["false_alarm_rate"]

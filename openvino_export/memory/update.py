@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .defects import DEFECT_VECTORS, good_patches, limited, score_of, together, with_defect
+from .defects import DEFECT_VECTORS, good_patches, limited, scored_by, together, with_defect
 from .leave_one_out import calibration_of, joined, no_images, scored, worth
 from .memory_bank import check_patches, identify
 from .patch_pool import PatchPool
@@ -59,6 +59,9 @@ class Update:
         self.bank = bank
         self.pools = {pool.name: pool for pool in pools}
         self.report = Report()
+        self._shown: list[
+            tuple[str, str, Array]
+        ] = []  # name, variant and patches of images shown since the last commit
         self._committed = _counts(bank)
 
     def continued(self) -> Update:
@@ -161,24 +164,37 @@ class Update:
         if variant in self.pools or variant is None:
             self.flush()
         if variant is None and len(self.bank):
-            votes = np.bincount(self.bank.owners()[self.bank.search(patches)[1]])
-            variant = list(self.bank.variants)[int(votes.argmax())]
+            variant = scored_by(self.bank, patches)[0]
         if variant not in self.bank.variants:
             msg = (
                 f"{name} cannot be shown as defective: no variant {variant or ''!r} is known. "
                 f"Learn good images of it first; known are {', '.join(self.bank.variants) or 'none'}."
             )
             raise ValueError(msg)
-        holders = {variant, *(key for key, each in self.bank.variants.items() if each.defects is not None)}
-        if len(holders) > DEFECT_VECTORS:
-            msg = f"Defects of at most {DEFECT_VECTORS} variants can be shown, those of {variant} are too many."
-            raise ValueError(msg)
-        shown = with_defect(self.bank.variants[variant], embedding, region, map_size)
-        self.bank = self.bank.with_variants({variant: shown})
-        self.report.shown[variant] += 1
-        if not score_of(self.bank.variants[variant], patches) > thresholds(self.bank, variant).image.value:
-            self.report.still_good.append(name)
+        self._check_defects([variant])
+        known = self.bank.variants[variant]
+        shown = with_defect(known, embedding, region, map_size)
+        if shown is known:
+            self.report.known_images += 1
+        else:
+            self.bank = self.bank.with_variants({variant: shown})
+            self.report.shown[variant] += 1
+        self._shown.append((name, variant, patches))
         return variant
+
+    def resize(self, size: int) -> None:
+        """Give the bank another size; see :meth:`MemoryBank.with_size`, also for errors.
+
+        Args:
+            size: Largest number of vectors.
+        """
+        variants = len({*self.bank.variants, *self.pools})
+        if size < variants:
+            msg = f"memory_size must be at least {variants}, one vector for each variant, got {size}."
+            raise ValueError(msg)
+        self.bank = self.bank.with_size(size)
+        for pool in self.pools.values():
+            pool.capacity = pool_capacity(self.bank)
 
     def merge(self, other: MemoryBank) -> None:
         """Take in all that another bank of the same backbone knows.
@@ -193,6 +209,7 @@ class Update:
         if other.variants:
             check_patches(other.vectors(), self._dimension(), self.bank.dtype)
         self._check_room(other.variants)
+        self._check_defects(name for name, variant in other.variants.items() if variant.defects is not None)
         self.flush()
         unknown: dict[str, Variant] = {}
         for name, variant in other.variants.items():
@@ -212,7 +229,7 @@ class Update:
                     more = replace(variant.calibration, origins=numbers(variant.calibration.origins))
                 self._close(pool, more)
                 merged = self.bank.variants[name]
-                defects = limited(together(merged.defects, variant.defects), good_patches(merged.calibration))
+                defects = limited(together(merged.defects, variant.defects), good_patches(merged))
                 self.bank = self.bank.with_variants({name: replace(merged, defects=defects)})
         self.bank = self.bank.with_variants(unknown, hashes)
         for name, variant in unknown.items():
@@ -241,6 +258,12 @@ class Update:
             What changed since the last commit.
         """
         self.flush()
+        for name, variant, patches in self._shown:
+            judged_as, score = scored_by(self.bank, patches)
+            if not score > thresholds(self.bank, judged_as).image.value:
+                other = "" if judged_as == variant else f" (judged as {judged_as}, not {variant})"
+                self.report.still_good.append(f"{name}{other}")
+        self._shown = []
         report, self.report = self.report, Report()
         report.complete(self._committed, self.bank)
         self._committed = _counts(self.bank)
@@ -283,6 +306,13 @@ class Update:
             self.pools[variant] = PatchPool(variant, known, dimension, pool_capacity(self.bank), self.bank.dtype)
         return self.pools[variant]
 
+    def _check_defects(self, names: Iterable[str]) -> None:
+        """Refuse variants of which defects cannot be kept any more."""
+        holders = {*names, *(name for name, variant in self.bank.variants.items() if variant.defects is not None)}
+        if len(holders) > DEFECT_VECTORS:
+            msg = f"Defects of at most {DEFECT_VECTORS} variants can be kept, these would be {len(holders)}."
+            raise ValueError(msg)
+
     def _dimension(self) -> int | None:
         """Dimension of all that was learned, None before anything was."""
         return next((pool.points.shape[1] for pool in self.pools.values()), self.bank.dimension())
@@ -303,7 +333,8 @@ def validated(bank: MemoryBank, variant: str, images: Calibration) -> MemoryBank
     kept = known.calibration or no_images(known.vectors.shape[1])
     lasting = kept.origins != -1
     kept = Calibration(**{key: value[lasting] for key, value in vars(kept).items()})
-    defects = limited(known.defects, good_patches(images))
+    good = images.patches[~images.labels]
+    defects = limited(known.defects, good.reshape(-1, good.shape[-1]))
     calibration = scored(known, joined([kept, images]))
     return bank.with_changes(variant, calibration=calibration, defects=defects, former=None)
 
@@ -311,7 +342,7 @@ def validated(bank: MemoryBank, variant: str, images: Calibration) -> MemoryBank
 def _numbers(known: Variant, other: Variant) -> Callable[[NDArray[np.int32]], NDArray[np.int32]]:
     """How the images of another bank's variant are numbered in this one: those that both have learned as here."""
     owners = {vector.tobytes(): origin for vector, origin in zip(known.vectors, known.origins.tolist(), strict=True)}
-    highest = int(other.origins.max(initial=-1))
+    highest = int(other.origins.max(initial=0))
     if other.calibration is not None:
         highest = max(highest, int(other.calibration.origins.max(initial=-1)))
     numbers = np.arange(highest + 1) + known.images
@@ -321,7 +352,7 @@ def _numbers(known: Variant, other: Variant) -> Callable[[NDArray[np.int32]], ND
         same, times = np.unique(found, return_counts=True)
         if same[times.argmax()] >= 0 and 2 * times.max() > len(found):
             numbers[origin] = same[times.argmax()]
-    return lambda origins: np.where(origins < 0, origins, numbers[origins]).astype(np.int32)
+    return lambda origins: np.where(origins < 0, origins, numbers[np.maximum(origins, 0)]).astype(np.int32)
 
 
 def pool_capacity(bank: MemoryBank) -> int:

@@ -266,6 +266,9 @@ def test_another_memory_size(bundle: Path, good: dict[str, list[Path]], tested: 
     assert_same(detector.predict(tested), whole(bundle, tested))
     with pytest.raises(ValueError, match="memory_size must be at least 1, one vector for each variant, got 0"):
         detector.set_memory_size(0)
+    detector._bundle.metadata["num_neighbors"] = 9
+    with pytest.raises(ValueError, match="memory_size must be at least 9, the num_neighbors of the model, got 8"):
+        detector.set_memory_size(8)
 
 
 def test_more_variants_than_the_graph_has_room_for(

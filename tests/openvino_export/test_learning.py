@@ -17,7 +17,9 @@ def test_boxes_and_masks(tmp_path: Path) -> None:
     mask = np.zeros((40, 60), bool)
     mask[10:20, 20:35] = True
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    for region in ((20, 10, 35, 20), mask, tmp_path / "mask.png", str(tmp_path / "mask.png")):
+    boxes = ((20, 10, 35, 20), [20, 10, 35, 20], np.array([20, 10, 35, 20]), (19.8, 10.1, 35.0, 20.0))
+    masks = (mask, mask[..., None], mask.astype(np.uint8), 255 * mask.astype(int), mask / 9)
+    for region in (*boxes, *masks, tmp_path / "mask.png", str(tmp_path / "mask.png")):
         np.testing.assert_allclose(region_of_patches(region, (40, 60), (4, 6), "part"), expected, atol=1e-6)
     whole = region_of_patches((-5, -5, 99, 99), (40, 60), (4, 6), "part")
     np.testing.assert_allclose(whole, 1, rtol=1e-6)
@@ -30,6 +32,9 @@ def test_regions_that_mark_nothing() -> None:
             region_of_patches(region, (40, 60), (4, 6), "part.png")
     with pytest.raises(ValueError, match=r"is of shape \(60, 40\), the image of \(40, 60\)"):
         region_of_patches(np.ones((60, 40), bool), (40, 60), (4, 6), "part.png")
+    for box in ((1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 3, np.nan)):
+        with pytest.raises(ValueError, match="not left, top, right and bottom in pixels"):
+            region_of_patches(box, (40, 60), (4, 6), "part.png")
     with pytest.raises(FileNotFoundError, match="There is no image"):
         region_of_patches("nowhere.png", (40, 60), (4, 6), "part.png")
 
@@ -37,10 +42,14 @@ def test_regions_that_mark_nothing() -> None:
 def test_one_region_for_each_image() -> None:
     """None, one for a single image, or as many as images."""
     box, mask = (1, 2, 3, 4), np.ones((20, 20), bool)
-    assert regions_of(None, 2) == [None, None]
-    assert regions_of(box, 1) == [box]
-    assert regions_of([box, "mask.png"], 2) == [box, "mask.png"]
-    assert regions_of(Path("mask.png"), 1) == [Path("mask.png")]
-    assert regions_of(mask, 1)[0] is mask
-    with pytest.raises(ValueError, match="There are 2 images and 1 regions"):
-        regions_of(box, 2)
+    assert regions_of(None, 2, defective=False) == [None, None]
+    for one in (box, [1.0, 2, 3, 4], (np.int64(1), 2, 3, 4)):
+        assert regions_of(one, 1, defective=True) == [one]
+    assert regions_of([[1, 2, 3, 4], "mask.png"], 2, defective=True) == [[1, 2, 3, 4], "mask.png"]
+    assert regions_of(Path("mask.png"), 1, defective=True) == [Path("mask.png")]
+    assert regions_of(mask, 1, defective=True)[0] is mask
+    for regions, count in ((box, 2), ([], 1), ([box, box], 1)):
+        with pytest.raises(ValueError, match="give one for each image"):
+            regions_of(regions, count, defective=True)
+    with pytest.raises(ValueError, match="give them with defective=True"):
+        regions_of(box, 1, defective=False)

@@ -27,6 +27,7 @@ class DriftCallback(Callback):
     def __init__(self) -> None:
         self._bank: MemoryBank | None = None
         self._monitor: DriftMonitor | None = None
+        self._are_sure: dict[str, bool] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch what is judged by the bank as it is now."""
@@ -34,7 +35,10 @@ class DriftCallback(Callback):
         self._bank = getattr(pl_module.model, "searched", None)
         # Other post-processors know nothing of rates.
         is_by_rate = hasattr(getattr(pl_module, "post_processor", None), "image_values")
-        self._monitor = DriftMonitor(self._bank) if self._bank is not None and is_by_rate else None
+        self._monitor = None
+        if self._bank is not None and is_by_rate:
+            self._monitor = DriftMonitor(self._bank)
+            self._are_sure = {name: thresholds(self._bank, name).is_sure() for name in self._bank.variants}
 
     on_predict_start = on_test_start
 
@@ -57,8 +61,8 @@ class DriftCallback(Callback):
         columns = (outputs.pred_score, outputs.pred_label, getattr(outputs, "variant"))  # noqa: B009  # no field
         for score, label, position in zip(*(column.tolist() for column in columns), strict=True):
             name = names[position]
-            is_sure = thresholds(self._bank, name).is_sure()
-            if self._monitor.add(Prediction(score, bool(label), np.empty(0, np.float32), None, name, is_sure)):
+            nothing = np.empty(0, np.float32)
+            if self._monitor.add(Prediction(score, bool(label), nothing, None, name, self._are_sure[name])):
                 logger.warning(
                     "Good images of %s no longer look as learned. If they are right, learn some of them.", name
                 )

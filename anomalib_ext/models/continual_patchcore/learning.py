@@ -90,8 +90,9 @@ def add_images(
     def embed(image: NDArray[np.float32]) -> NDArray[np.float32]:
         return model.embed_arrays(image[None])[0]
 
+    places = regions_of(regions, len(images), defective=defective)
     # one by one, for they may be many and differ in size
-    for (name, item), region in zip(images, regions_of(regions, len(images)), strict=True):
+    for (name, item), region in zip(images, places, strict=True):
         image = item if isinstance(item, torch.Tensor) else torch.from_numpy(load(item))
         prepared = prepare(image[None].to(device)).detach().float().cpu().numpy()
         map_size = (prepared.shape[2], prepared.shape[3])
@@ -103,7 +104,7 @@ def add_images(
             take_in(update, name, prepared[0], embed, variant, value, bank=model.bank, limits=limits)
 
 
-def labels(model: "ContinualPatchCore", batch: Batch) -> list[str | None]:
+def variants_of(model: "ContinualPatchCore", batch: Batch) -> list[str | None]:
     """Name of the variant of each image of a batch of a trainer; None where it is to be found."""
     datamodule = getattr(model.trainer, "datamodule", None)
     if model.variant is None and isinstance(datamodule, MultiCategory):

@@ -35,7 +35,7 @@ from openvino_export.memory.thresholds import image_thresholds
 
 from .drift import DriftCallback
 from .graph import bundle_content
-from .learning import add_images, labels, named_images
+from .learning import add_images, named_images, variants_of
 from .metrics import memory_metrics
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
@@ -224,7 +224,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         """Learn a batch of normal images."""
         assert batch.image is not None
         assert self.model.update is not None
-        update, variants = self.model.update, labels(self, batch)
+        update, variants = self.model.update, variants_of(self, batch)
         images = batch.image.detach().float().cpu().numpy()
         new = [(i, value) for i, value in enumerate(map(image_hash, images)) if not update.knows(value)]
         if new:
@@ -290,7 +290,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         embedding = self._search_and_score(batch)
         if batch.gt_label is None:
             return batch
-        pairs = zip(labels(self, batch), cast("Any", batch).variant.tolist(), strict=True)
+        pairs = zip(variants_of(self, batch), cast("Any", batch).variant.tolist(), strict=True)
         variants = [label or list(self.model.searched.variants)[position] for label, position in pairs]
         arrays = (each.float().cpu().numpy() for each in (embedding, cast("Any", batch).image))
         self._validated.add(self.model.searched, variants, batch.gt_label.tolist(), *arrays)

@@ -249,8 +249,16 @@ class ContinualPatchCoreModel(nn.Module):
         asked, before = self.false_alarm_rate, saved.get("false_alarm_rate")
         if asked is not None and asked != before:  # else what was set since the state was made would be lost
             loaded.bank = loaded.bank.with_decision(false_alarm_rate=asked)
-        if self.memory_size is not None and self.memory_size != saved.get("memory_size", loaded.bank.size):
-            loaded.bank = loaded.bank.with_size(self.memory_size)
+        asked, size = self.memory_size, loaded.bank.size
+        if asked is not None and "memory_size" in saved and asked != saved["memory_size"]:
+            loaded.resize(asked)
+        if asked not in {None, loaded.bank.size} or loaded.bank.size < size:
+            logger.warning(
+                "The memory has %d vectors, that of the checkpoint %d, asked for were %s.",
+                loaded.bank.size,
+                size,
+                asked,
+            )
         self.bank, self.update, self.interrupted = loaded.bank, None, None
         if loaded.pools:
             self.interrupted = loaded

@@ -93,6 +93,22 @@ def test_learn_a_defect(run: Run, bundle: Path, products: Path, tmp_path: Path) 
     assert (code, lines[0]["shown_defects"], lines[0]["still_good"]) == (3, {"stripes": 1}, [str(image)])
     assert f"{image} was shown as defective and is still called good" in errors
     code, lines, errors = run("learn", bundle, good[0], "--defective", "true", "--mask", mask.parent)
-    assert (code, "has no mask of 000.png" in errors) == (1, True)
+    assert (code, "has no mask of 000" in errors) == (1, True)
+    options = ["--defective", "true", "--mask", mask, "--box", "[20,20,28,28]"]
+    code, lines, errors = run("learn", bundle, image, *options)
+    assert (code, "Give a mask or a box, not both" in errors) == (1, True)
     code, lines, errors = run("learn", bundle, good[0], "--mask", mask)
     assert (code, "give it with --defective true" in errors) == (1, True)
+
+
+def test_masks_of_a_tree(run: Run, bundle: Path, products: Path) -> None:
+    """Folders of defects and of masks in MVTec AD's layout, where each kind numbers its images anew."""
+    from openvino_export.cli.learning import _masks
+    from openvino_export.cli.sources import image_paths
+
+    images, masks = products / "stripes" / "test", products / "stripes" / "ground_truth"
+    paths = [path for path in image_paths(images) if path.parent.name != "good"]
+    found = _masks(masks, paths, images)
+    assert [(each.parent.name, each.stem) for each in found] == [(p.parent.name, f"{p.stem}_mask") for p in paths]
+    code, lines, _ = run("learn", bundle, images / "hole", "--defective", "true", "--mask", masks / "hole")
+    assert (code, lines[0]["shown_defects"]) == (0, {"stripes": len(paths)})

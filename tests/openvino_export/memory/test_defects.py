@@ -88,6 +88,11 @@ def test_raised_distances(seed: int, count: int, infinite: bool) -> None:
     np.testing.assert_array_equal(raised(patches, distances, Defects(vectors[:0], reaches[:0], 1)), distances)
 
 
+def some(count: int) -> Defects:
+    """So many defective patches."""
+    return Defects(np.arange(4.0 * count, dtype=np.float32).reshape(count, 4), np.ones(count, np.float32), 1)
+
+
 def test_what_is_shown_and_what_is_like_it_is_found() -> None:
     """A defect that is missed, and others of its kind; those of another kind are as before."""
     bank = bank_of()
@@ -203,6 +208,10 @@ def test_memory_is_bounded() -> None:
             update.show_defect(image.astype(np.float32), variant, region=np.ones((6, 6), np.float32))
     counts = [len(each.defects.reaches) for each in update.bank.variants.values() if each.defects]
     assert counts == [DEFECT_VECTORS // 2] * 2
+    few = filled(100, "c").with_variants({"c": replace(filled(100, "c").variants["c"], defects=some(1))})
+    update.merge(few)
+    counts = [len(each.defects.reaches) for each in update.bank.variants.values() if each.defects]
+    assert counts == [127, 127, 1], "who has few keeps them"
     one = shown(bank_of(), defective(1, strength=9.0), region=np.ones(GRID, np.float32))
     assert len(one.variants[name(one)].defects.reaches) <= MOST_PATCHES  # type: ignore[union-attr]
     assert update.commit().shown == {"a": 40, "b": 40}
@@ -237,6 +246,67 @@ def test_what_is_still_called_good_is_named() -> None:
     assert "2 defective images of" in str(report)
 
 
+def test_shown_twice() -> None:
+    """Is shown once."""
+    bank = shown(bank_of(), defective(5), region=mask())
+    update = Update(bank)
+    update.show_defect(defective(5), name(bank), region=mask(), map_size=(40, 60))
+    report = update.commit()
+    assert (report.shown, report.known_images) == ({}, 1)
+    assert update.bank.variants[name(bank)].defects.images == 1  # type: ignore[union-attr]
+
+
+def test_shown_under_another_name() -> None:
+    """An image that another variant judges is named with it, for what was shown does nothing for it."""
+    update = Update(bank_of())
+    for seed in range(5):
+        update.add(clusters(5, seed) + 30, "other")
+    update.show_defect(defective(5, strength=3.0), "other", region=mask(), name="part.png")
+    assert update.commit().still_good == ["part.png (judged as a, not other)"]
+
+
+def test_merge_of_a_variant_of_one_image() -> None:
+    """That was shown a defect: its number is none of those that are learned."""
+    banks = []
+    for seed in range(2):
+        update = Update(MemoryBank(300))
+        update.add(clusters(5, seed), "a")
+        update.show_defect(defective(seed, strength=9.0), "a", map_size=(40, 60))
+        update.commit()
+        banks.append(update.bank)
+    update = Update(banks[0])
+    update.merge(banks[1])
+    calibration = update.bank.variants["a"].calibration
+    assert calibration is not None
+    assert sorted(calibration.origins.tolist()) == [-2, -2, 0, 1]
+
+
+def test_validation_does_not_push_out_what_was_shown() -> None:
+    """Each kind has a number of its own that is kept."""
+    bank = shown(bank_of(), *(defective(seed, strength=9.0) for seed in range(5)))
+    images = [defective(100 + seed, strength=9.0).reshape(-1, 6) for seed in range(40)]
+    update = Update(bank)
+    update.validate(name(bank), not_learned(bank.variants[name(bank)], images, np.ones(40, bool)))
+    origins = update.bank.variants[name(bank)].calibration.origins  # type: ignore[union-attr]
+    assert ((origins == -2).sum(), (origins == -1).sum()) == (5, 32)
+
+
+def test_another_size_while_pools_are_open() -> None:
+    """Variants in pools count, and pools grow with the bank."""
+    update = Update(MemoryBank(40))
+    for variant in "abc":
+        update.add(clusters(5, 0), variant)
+    with pytest.raises(ValueError, match="at least 3, one vector for each variant, got 2"):
+        update.resize(2)
+    update.resize(20_000)
+    assert {pool.capacity for pool in update.pools.values()} == {40_000}
+    update.commit()
+    assert update.bank.size == 20_000
+    for wrong in (0.5, "20", 0):
+        with pytest.raises(ValueError, match="memory_size must be"):
+            update.bank.with_size(wrong)  # type: ignore[arg-type]
+
+
 def test_an_open_pool_is_closed_first() -> None:
     """A product may be learned and shown a defect of in one update."""
     update = Update(MemoryBank(300))
@@ -259,13 +329,15 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="have dimension 4"):
         update.show_defect(defective(1)[..., :4])
     assert update.bank is before
-    some = Defects(np.ones((1, 4), np.float32), np.ones(1, np.float32), 1)
     names = [chr(0x4E00 + i) for i in range(DEFECT_VECTORS + 1)]
     one = filled(600, "a").variants["a"]
-    variants = {each: replace(one, defects=some if each != names[-1] else None) for each in names}
+    variants = {each: replace(one, defects=some(1) if each != names[-1] else None) for each in names}
     update = Update(MemoryBank(600, variants=variants))
     with pytest.raises(ValueError, match=f"at most {DEFECT_VECTORS} variants"):
         update.show_defect(np.ones((3, 3, 4), np.float32), names[-1])
+    update.merge(filled(300, "b"))
+    with pytest.raises(ValueError, match=f"at most {DEFECT_VECTORS} variants"):
+        update.merge(filled(300, "c").with_changes("c", defects=some(1)))
 
 
 def test_reach_of_each() -> None:

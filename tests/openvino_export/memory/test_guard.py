@@ -10,8 +10,9 @@ from PIL import Image
 
 from anomalib_ext.models import ContinualPatchCore
 from openvino_export import EdgeDetector
-from openvino_export.memory.guard import SUSPICION, excess
+from openvino_export.memory.guard import SUSPICION, excess, hold_back
 from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.report import Report
 from openvino_export.memory.thresholds import image_thresholds, thresholds
 from openvino_export.memory.update import Update
 
@@ -25,8 +26,8 @@ def test_excess_is_the_score_in_thresholds(variant: str | None) -> None:
     image = draw("lobes", "a", 9, 40)
     limits = {"a": 0.5, "b": 8.0}
     score = distances_between(image, bank.vectors()).max()
-    assert excess(image, variant, bank, limits) == pytest.approx(score / 0.5, rel=1e-4)
-    assert excess(image, "b", bank, limits) == pytest.approx(score / 8, rel=1e-4)
+    assert excess(image, variant, bank, limits) == pytest.approx((score / 0.5, score / 0.5), rel=1e-4)
+    assert excess(image, "b", bank, limits) == pytest.approx((score / 8, score / 8), rel=1e-4)
 
 
 def test_nothing_exceeds_what_is_unknown() -> None:
@@ -34,11 +35,24 @@ def test_nothing_exceeds_what_is_unknown() -> None:
     bank, image = filled(), draw("lobes", "a", 9, 40)
     stranger = 1000 + image
     limits = {"a": 0.5, "b": np.nan}
-    assert excess(image, "c", bank, limits) == 0
-    assert excess(stranger, None, bank, limits) == 0
-    assert excess(stranger, "b", bank, limits) == 0
-    assert excess(stranger, "a", bank, {"a": 0.0}) == 0
-    assert excess(image, None, MemoryBank(9), {}) == 0
+    assert excess(image, "c", bank, limits) == (0, 0)
+    assert excess(stranger, None, bank, limits) == (0, 0)
+    assert excess(stranger, "b", bank, limits) == (0, 0)
+    assert excess(stranger, "a", bank, {"a": 0.0}) == (0, 0)
+    assert excess(image, None, MemoryBank(9), {}) == (0, 0)
+
+
+def test_what_looks_like_a_shown_defect_is_held_back() -> None:
+    """Though it is below the threshold by itself; else it would take back unseen what was shown."""
+    image = draw("lobes", "a", 9, 40)
+    update = Update(filled())
+    update.show_defect(image.reshape(5, 8, 4), "a")
+    plain, like_defects = excess(image, "a", update.bank, {"a": 1.0})
+    assert like_defects > 1.5 * plain
+    for threshold, expected in ((1.2 * plain, True), (0.9 * plain, False), (1.1 * like_defects, False)):
+        report = Report()
+        assert hold_back(report, "part", image, "a", update.bank, {"a": threshold}) == expected
+        assert list(report.held_back) == (["part"] if expected else [])
 
 
 @pytest.mark.parametrize("variant", ["stripes", None])
