@@ -46,8 +46,8 @@ def judged(vectors: np.ndarray, products: list[Product]) -> Iterator[dict[str, A
 
 
 def refitted(products: list[Product], steps: int) -> Iterator[dict[str, Any]]:
-    """PatchCore of all images so far, after each of the first steps; after the first also as one not updated."""
-    for step in range(steps):
+    """PatchCore of all images so far, after the first steps and the last; after the first also as one not updated."""
+    for step in sorted({*range(steps), len(products) - 1}):
         together = np.concatenate([flat(product.train) for product in products[: step + 1]])
         start = time.perf_counter()
         picks, _ = farthest_first(together, int(RATIO * len(together)))
@@ -101,7 +101,7 @@ def table(results: Path) -> None:
     for learner, part in rows.groupby("learner", sort=False):
         last = part[part.step == part.step.max()]
         updates = part.drop_duplicates("step")
-        steps = part[part.step < part.step.max()].groupby("step").auroc.mean() if part.step.max() else []
+        steps = part[part.step < part.step.max()].groupby("step").auroc.mean()
         lines.append({
             "learner": learner,
             "image AUROC": f"{last.auroc.mean():.3f}",
@@ -111,7 +111,7 @@ def table(results: Path) -> None:
             "MiB": round(last.mib.iloc[0], 1),
             "MiB held while learning": round(updates.held_mib.max(), 1),
             "seconds of the last update": round(updates.seconds.iloc[-1], 1),
-            "seconds of all": round(updates.seconds.sum(), 1),
+            "seconds of all": round(updates.seconds.sum(), 1) if len(updates) > updates.step.max() else "-",
             "ms of a search": round(last.search_ms.median(), 1),
         })
     print(pd.DataFrame(lines).to_markdown(index=False))
@@ -133,7 +133,8 @@ def main(
         results: File that is written.
         cache: Folder in which the embeddings of images are kept.
         sizes: Sizes of the memory bank of ContinualPatchCore.
-        refits: Number of steps after which PatchCore is refitted; all by default.
+        refits: Number of first steps after which PatchCore is refitted, besides the last, which takes longest; all by
+            default.
     """
     model = ContinualPatchCore(evaluator=False, visualizer=False).eval()
     loaded = [Product(root, name, model, cache) for name in products]
