@@ -64,7 +64,7 @@ def rows(steps: Steps, test: np.ndarray, labels: np.ndarray, size: int) -> Itera
         "all steps as one variant", together.vectors(), int((together.variants["step 0"].origins >= before).sum())
     )
     apart = learned(steps, size, as_variants=True)
-    yield row("each step as a variant", apart.vectors(), len(apart.variants[f"step {STEPS - 1}"].radii))
+    yield row("each step as a variant", apart.vectors(), len(apart.variants[f"step {len(steps) - 1}"].radii))
     last = learned(steps[-1:], size).vectors()
     yield row("the last step alone", last, len(last))
     both = np.concatenate([last, learned(steps[:-1], size).vectors()])
@@ -93,7 +93,7 @@ def main(
     test = sorted((root / product / "test").glob("*/*"))
     labels = np.array([path.parent.name != "good" for path in test])
     parts = np.array_split(np.random.default_rng(0).permutation(len(train)), STEPS)
-    steps = [embedded(model, [train[i] for i in part], level) for level, part in enumerate(parts, start=1)]
+    steps = [embedded(model, [train[i] for i in part], level) for level, part in enumerate(parts, start=1) if len(part)]
     judged = embedded(model, test, STEPS)
     write(results, COLUMNS, chain.from_iterable(rows(steps, judged, labels, size) for size in sizes))
     print(results.read_text(encoding="utf-8"))
