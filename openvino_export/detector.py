@@ -297,8 +297,11 @@ class EdgeDetector:
             self._bundle = bundles.update(self._bundle, {BANK: state.to_bytes(known.bank), **graph}, changes)
             self._saved = known
 
-    def reload(self) -> bool:
+    def reload(self, *, discard: bool = False) -> bool:
         """Take up what another process has saved in the bundle, or brought back by an undo.
+
+        Args:
+            discard: Whether what was learned here and not saved may be dropped; learn it again then.
 
         Returns:
             Whether there was something new.
@@ -309,8 +312,11 @@ class EdgeDetector:
         with self._changing:
             if bundles.current_version(self._bundle.folder) in {self._bundle.version, ""}:
                 return False
-            if self._decider is not self._saved:
-                msg = f"The bundle {self._bundle.folder} was changed by another process, and here images were learned."
+            if self._decider is not self._saved and not discard:
+                msg = (
+                    f"The bundle {self._bundle.folder} was changed by another process, and what was learned here is "
+                    "not saved. Call reload(discard=True), which drops it, then learn it again."
+                )
                 raise BundleError(msg)
             read = bundles.read(self._bundle.folder, bundles.running_files)
             graph = bundles.WHOLE if self._decider is None else bundles.FEATURES

@@ -14,7 +14,6 @@ from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 
 from anomalib_ext import __version__
-from openvino_export.bundle.metadata import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -111,7 +110,6 @@ def common_metadata(model: AnomalibModule, size: tuple[int, int]) -> dict[str, A
         for kind in ("image", "pixel")
     }
     return {
-        "schema_version": SCHEMA_VERSION,
         "anomalib_ext": __version__,
         "model": type(model).__name__,
         "input_size": list(size),

@@ -246,7 +246,7 @@ def update(bundle: Bundle, files: Mapping[str, bytes], changes: Mapping[str, Any
     if current_version(bundle.folder) != bundle.version:
         msg = (
             f"The bundle {bundle.folder} was changed by another process since it was read, so nothing was saved. "
-            "Read it again, then repeat the learning."
+            "Call reload(discard=True) of the detector, or start the command again, and repeat the learning."
         )
         raise BundleError(msg)
     text = to_json({**bundle.metadata, **changes}, files)

@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`metadata.json` of a bundle: what describes the model and lists the checksums of all other files."""
+"""`metadata.json` of a bundle: what describes the model, and checksums of all other files and of itself."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# That of bundles without a checksum of their metadata.
+UNCHECKED_VERSION = 1
+CHECKSUM = "checksum"
 METADATA = "metadata.json"
 
 _REQUIRED = ("model", "input_size", "mean", "std", "variants", "files")
+# By these it decides. They were not asked of bundles of the first schema.
+_DECISIVE = ("precision_hint", "last_values", "normalization", "thresholding", "image_sensitivity", "pixel_sensitivity")
 
 
 class BundleError(ValueError):
@@ -31,7 +37,12 @@ def to_json(metadata: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
     checksums = {
         name: {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)} for name, content in files.items()
     }
-    content = {**metadata, "files": {**metadata.get("files", {}), **checksums}}
+    content = {
+        **metadata,
+        "schema_version": SCHEMA_VERSION,
+        "files": {**metadata.get("files", {}), **checksums},
+    }
+    content[CHECKSUM] = _checksum(content)
     return json.dumps(content, indent=2, allow_nan=False).encode()
 
 
@@ -47,20 +58,23 @@ def parse(folder: Path, text: bytes) -> dict[str, Any]:
     """
     try:
         metadata = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         msg = f"{folder / METADATA} is no JSON ({error}). Copy the whole folder again."
         raise BundleError(msg) from error
     version = metadata.get("schema_version") if isinstance(metadata, dict) else None
     if type(version) is not int:
         msg = f"{folder / METADATA} has no schema_version: {folder} was not written by anomalib-ext. Export it again."
         raise BundleError(msg)
-    if version != SCHEMA_VERSION:
+    if version not in {UNCHECKED_VERSION, SCHEMA_VERSION}:
         msg = (
             f"The bundle {folder} has schema version {version}, this version of anomalib-ext reads {SCHEMA_VERSION}. "
             f"{'Update anomalib-ext on this PC' if version > SCHEMA_VERSION else 'Export the model again'}."
         )
         raise BundleError(msg)
     problem = _problem(metadata)
+    if version == UNCHECKED_VERSION and not problem:
+        advice = "was written by a former version, so a change of its metadata is not noticed. The next save mends it."
+        warnings.warn(f"The bundle {folder} {advice}", stacklevel=2)
     if problem:
         msg = f"{folder / METADATA} {problem}. Copy the whole folder again, or export the model again."
         raise BundleError(msg)
@@ -69,7 +83,10 @@ def parse(folder: Path, text: bytes) -> dict[str, Any]:
 
 def _problem(metadata: dict[str, Any]) -> str:
     """What is wrong with metadata; empty if nothing is."""
-    missing = [key for key in _REQUIRED if key not in metadata]
+    is_checked = metadata["schema_version"] == SCHEMA_VERSION
+    if is_checked != (CHECKSUM in metadata) or (is_checked and metadata[CHECKSUM] != _checksum(metadata)):
+        return "was changed since it was written"
+    missing = [key for key in (*_REQUIRED, *(_DECISIVE if is_checked else ())) if key not in metadata]
     if missing:
         return f"lacks {', '.join(missing)}"
     files = metadata["files"]
@@ -83,6 +100,12 @@ def _problem(metadata: dict[str, Any]) -> str:
         if not isinstance(value, list) or len(value) != 3 or not all(isinstance(one, (int, float)) for one in value):
             return f"has the {key} {value}, not one number for each color"
     return ""
+
+
+def _checksum(metadata: Mapping[str, Any]) -> str:
+    """Checksum of all entries but itself, however they are written."""
+    content = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _is_entry(entry: object) -> bool:

@@ -237,6 +237,8 @@ def test_two_processes(bundle: Path, good: dict[str, list[Path]]) -> None:
         second.save()
     with pytest.raises(BundleError, match="changed by another process"):
         second.reload()
+    assert second.reload(discard=True)
+    assert list(second.info()["variants"]) == ["stripes", "dots"]
     assert third.reload()
     assert not third.reload()
     third.learn(good["checks"][:2], "checks")

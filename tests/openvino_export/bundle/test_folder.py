@@ -15,6 +15,7 @@ import pytest
 from openvino_export import EdgeDetector
 from openvino_export.bundle import folder as bundles
 from openvino_export.bundle.folder import BundleError
+from openvino_export.bundle.metadata import _checksum, parse
 
 FILES = ("bank.safetensors", "features.bin", "features.xml", "model.bin", "model.xml")
 Change = Callable[[Path], Any]
@@ -22,9 +23,18 @@ Read = Callable[[Path], dict[str, bytes]]
 
 
 def metadata(folder: Path, **changes: object) -> None:
-    """Change entries of metadata.json."""
+    """Change entries of metadata.json, with a checksum that is right."""
     path = folder / "metadata.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    content = {**json.loads(path.read_text()), **changes}
+    content = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps({**content, "checksum": _checksum(content)}))
+
+
+def edited(folder: Path, before: str, after: str) -> None:
+    """Replace a part of metadata.json."""
+    path = folder / "metadata.json"
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
 
 
 def flip(name: str) -> Change:
@@ -87,9 +97,18 @@ def replace(folder: Path, name: str, data: bytes) -> None:
         (lambda folder: (folder / "metadata.json").unlink(), "has no metadata.json. It is no bundle"),
         (lambda folder: os.truncate(folder / "metadata.json", 100), "metadata.json is no JSON"),
         (lambda folder: (folder / "metadata.json").write_text("[1]"), "not written by anomalib-ext"),
-        (lambda folder: metadata(folder, schema_version=2), "schema version 2, .* reads 1. Update anomalib-ext"),
-        (lambda folder: metadata(folder, schema_version=0), "schema version 0, .* reads 1. Export the model again"),
+        (lambda folder: metadata(folder, schema_version=3), "schema version 3, .* reads 2. Update anomalib-ext"),
+        (lambda folder: metadata(folder, schema_version=0), "schema version 0, .* reads 2. Export the model again"),
         (lambda folder: metadata(folder, schema_version="1"), "has no schema_version"),
+        (lambda folder: metadata(folder, schema_version=1), "metadata.json was changed since it was written"),
+        (lambda folder: metadata(folder, thresholding=None), "metadata.json lacks thresholding"),
+        (lambda folder: edited(folder, "checksum", "chacksum"), "metadata.json was changed since it was written"),
+        (
+            lambda folder: edited(folder, '"thresholding": true', '"thresholding": false'),
+            "changed since it was written",
+        ),
+        (lambda folder: edited(folder, "thresholding", "thrusholding"), "metadata.json was changed since"),
+        (lambda folder: (folder / "metadata.json").write_text("[" * 100_000), "metadata.json is no JSON"),
         (lambda folder: metadata(folder, files={}), "has no model.xml"),
         (lambda folder: metadata(folder, files={"model.xml": 1}), "lists its files in another way"),
         (lambda folder: metadata(folder, input_size=[64]), "input_size"),
@@ -182,3 +201,35 @@ def test_links_are_not_followed(name: str, bundle: Path, tmp_path: Path) -> None
             touch()
     assert (victim / "model.bin").read_text() == "of another model"
     assert [path.name for path in victim.iterdir()] == ["model.bin"]
+
+
+def test_no_bit_of_the_metadata_can_change_unnoticed(bundle: Path) -> None:
+    """Each is flipped in turn: the bundle is refused, or all that it says is as it was."""
+    path = bundle / "metadata.json"
+    whole = path.read_bytes()
+    said = json.loads(whole)
+    for position in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        try:
+            found = parse(bundle, bytes(damaged))
+        except BundleError:
+            continue
+        assert found == said
+
+
+def test_a_bundle_of_the_first_schema(bundle: Path) -> None:
+    """Loads with a warning, and has a checksum once something was saved."""
+    path = bundle / "metadata.json"
+    content = json.loads(path.read_text())
+    del content["checksum"]
+    path.write_text(json.dumps({**content, "schema_version": 1}))
+    with pytest.warns(UserWarning, match="written by a former version"):
+        detector = EdgeDetector(bundle)
+    detector.set_decision(false_alarm_rate=0.1)
+    with pytest.warns(UserWarning, match="written by a former version"):
+        detector.save()
+    content = json.loads(path.read_text())
+    assert content["schema_version"] == 2
+    assert content["checksum"] == _checksum(content)
+    EdgeDetector(bundle)
