@@ -120,5 +120,7 @@ def test_scores_of_a_former_version_are_not_watched(bundle: Path, without_bank: 
     assert EdgeDetector(bundle).drift_monitor() is not None
     assert EdgeDetector(without_bank).drift_monitor() is None
     metadata = json.loads((bundle / "metadata.json").read_text())
-    (bundle / "metadata.json").write_text(json.dumps({key: metadata[key] for key in metadata if key != "score"}))
-    assert EdgeDetector(bundle).drift_monitor() is None
+    former = {key: metadata[key] for key in metadata if key not in {"score", "checksum"}}
+    (bundle / "metadata.json").write_text(json.dumps({**former, "schema_version": 1}))
+    with pytest.warns(UserWarning, match="a former version"):
+        assert EdgeDetector(bundle).drift_monitor() is None
