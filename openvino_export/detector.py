@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .learning import Region
     from .memory.report import Report
 
     Array = NDArray[np.float32]
     Source = str | Path | NDArray[Any]
-    from .learning import Region
 
 
 @dataclass(frozen=True)
@@ -257,11 +257,11 @@ class EdgeDetector:
             size: Largest number of vectors. More are filled by what is learned from now on.
 
         Raises:
-            ValueError: If there are more variants, or the bundle has no memory bank.
+            ValueError: If there are more variants or neighbors, or the bundle has no memory bank.
         """
         with self._changing:
             bank = self._known().bank.with_size(size)
-            if len(bank) < (neighbors := int(self._bundle.metadata.get("num_neighbors", 1))):
+            if bank.size < (neighbors := int(self._bundle.metadata.get("num_neighbors", 1))):
                 msg = f"memory_size must be at least {neighbors}, the num_neighbors of the model, got {size}."
                 raise ValueError(msg)
             self._decider = Decider(bank, self._bundle.metadata)

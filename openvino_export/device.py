@@ -26,9 +26,7 @@ _FIRST = threading.Lock()
 
 def import_openvino() -> None:
     """Import OpenVINO without the package by which it looks up a host of analytics and writes to the home folder."""
-    if "openvino" in sys.modules or "openvino_telemetry" in sys.modules:
-        import openvino
-
+    if "openvino" in sys.modules or "openvino_telemetry" in sys.modules:  # it is too late, or its user wants it
         return
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as if it were not installed
     try:

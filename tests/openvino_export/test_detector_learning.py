@@ -271,6 +271,8 @@ def test_another_memory_size(bundle: Path, good: dict[str, list[Path]], tested: 
     detector._bundle.metadata["num_neighbors"] = 9
     with pytest.raises(ValueError, match="memory_size must be at least 9, the num_neighbors of the model, got 8"):
         detector.set_memory_size(8)
+    detector._bundle.metadata["num_neighbors"] = 10 * vectors  # more than were learned are no reason to refuse room
+    detector.set_memory_size(10 * vectors)
 
 
 def test_more_variants_than_the_graph_has_room_for(

@@ -254,7 +254,7 @@ class ContinualPatchCoreModel(nn.Module):
             loaded.resize(asked)
         if asked not in {None, loaded.bank.size} or loaded.bank.size < size:
             logger.warning(
-                "The memory has %d vectors, that of the checkpoint %d, asked for were %s.",
+                "The memory holds up to %d vectors; that of the checkpoint held up to %d, and %s were asked for.",
                 loaded.bank.size,
                 size,
                 asked,
