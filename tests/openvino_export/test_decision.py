@@ -22,11 +22,12 @@ from anomalib_ext.models.continual_patchcore.post_processor import VariantPostPr
 from anomalib_ext.models.continual_patchcore.torch_model import ContinualPatchCoreModel
 from openvino_export.bundle.constants import threshold_tables
 from openvino_export.decision import Decider, Prediction, normalize
+from openvino_export.memory.defects import raised
 from openvino_export.memory.leave_one_out import CALIBRATION_PATCHES
 from openvino_export.memory.memory_bank import MemoryBank
 from openvino_export.memory.thresholds import thresholds
 from openvino_export.memory.update import Update
-from openvino_export.memory.variant import Calibration
+from openvino_export.memory.variant import Calibration, Defects
 
 Array = NDArray[np.float32]
 
@@ -269,6 +270,25 @@ def test_arrays_and_graph_decide_alike(
         key = num_neighbors, normalization, bank.dtype.name
         if processor is by_variant and thresholding and key in converted and len(bank) > 1:
             assert_same(decided, in_openvino(head, embedding, [*outputs], key), metadata)
+
+
+def test_defects_of_other_variants_raise_nothing(model: ContinualPatchCoreModel) -> None:
+    """Arrays and graph alike, wherever patches lie between good vectors and defects of several variants."""
+    rng = np.random.default_rng(0)
+    bank = learned(2)
+    for name in bank.variants:
+        vectors = rng.normal(size=(9, DIMENSION)).astype(np.float32)
+        bank = bank.with_changes(name, defects=Defects(vectors, np.full(9, 8, np.float32), 1))
+    model.bank = bank
+    model.refresh()
+    patches = rng.normal(size=(50, DIMENSION)).astype(np.float32)
+    distances = rng.uniform(2, 20, 50).astype(np.float32)
+    for position, variant in enumerate(bank.variants.values()):
+        expected = raised(patches, distances, variant.defects)
+        assert 5 < (expected > distances).sum() < 50
+        tensors = [torch.from_numpy(each)[None] for each in (patches, distances)]
+        found = model._raised(*tensors, torch.tensor([position]))[0]
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", BANKS)
