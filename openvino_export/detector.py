@@ -16,11 +16,13 @@ from .bundle.constants import constants_in, graph_tables, takes_defects, variant
 from .bundle.folder import BANK, Bundle, BundleError
 from .decision import Decider, Prediction
 from .drift import DriftMonitor
+from .edits import BankEdits
 from .images import image_hash, load, resize
 from .info import about
 from .learning import regions_of, show_defect, take_in
 from .memory import state
 from .memory.k_center import single_threaded
+from .memory.names import checked_name
 from .memory.thresholds import image_thresholds
 from .memory.update import Update
 from .network import Network
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .learning import Region
+    from .memory.memory_bank import MemoryBank
     from .memory.report import Report
 
     Array = NDArray[np.float32]
@@ -54,7 +57,7 @@ class Learned:
         return self.report.held_back
 
 
-class EdgeDetector:
+class EdgeDetector(BankEdits):
     """Judges images, and learns new ones, with the bundle that ``Engine.export(model, "openvino")`` has written.
 
     A bundle without a memory bank is judged by its ``model.xml`` and learns nothing. All methods may be called from
@@ -182,7 +185,8 @@ class EdgeDetector:
         Args:
             images: As in :meth:`predict`.
             variant: Name of their variant; found for each image if not given.
-            force: Whether to learn images that look anomalous too.
+            force: Whether to learn images that look anomalous too, and as a variant whose name differs from a known one
+                by case or blanks alone.
             defective: Whether the images are shown as defective. What is like their defects is found from then on.
             regions: Where the defect is in each of them: a path or array of a mask of the image's size, or left, top,
                 right and bottom of a box in pixels. By default it is looked for.
@@ -194,7 +198,8 @@ class EdgeDetector:
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If an image is unreadable, too small, of unsuitable depth or not finite, if there are none, if
-                there is no room for another variant, if a defect is of a variant that is not known, or if the bundle
+                the variant's name is blank or so alike a known one that it may be a mistake, if there is no room for
+                another variant, if a defect is of a variant that is not known, or if the bundle
                 has no memory bank or takes no defects.
         """
         items: list[Source] = [images] if isinstance(images, (str, Path, np.ndarray)) else list(images)
@@ -208,6 +213,7 @@ class EdgeDetector:
             raise BundleError(msg)
         with self._changing, single_threaded():
             known = self._known()
+            variant = None if variant is None else checked_name(variant, known.names, force=force)
             update = Update(known.bank)
             limits = None if force else image_thresholds(known.bank)
             for number, (item, region) in enumerate(zip(items, places, strict=True), 1):
@@ -228,41 +234,12 @@ class EdgeDetector:
                 self._decider = Decider(update.bank, self._bundle.metadata)
         return Learned(report)
 
-    def set_decision(
-        self,
-        variant: str | None = None,
-        *,
-        false_alarm_rate: float | None = None,
-        threshold: float | None = None,
-    ) -> None:
-        """Decide by another false-alarm rate, or a threshold set by hand; :meth:`save` makes it last.
-
-        Args:
-            variant: Name of the variant that this is for; all by default.
-            false_alarm_rate: Share of good images that may be called anomalous. Thresholds by hand end.
-            threshold: Raw image score above which an image is anomalous, as :meth:`info` shows it. Without rate and
-                threshold, thresholds follow from good images again, at the rate of the bundle.
-
-        Raises:
-            ValueError: If there is no such variant, a value is out of range, or the bundle has no memory bank.
-        """
+    def edit_bank(self, change: Callable[[MemoryBank], MemoryBank]) -> None:
+        """Judge from now on by what a function makes of the bank; :meth:`save` makes it last."""
         with self._changing:
-            bank = self._known().bank.with_decision(variant, false_alarm_rate=false_alarm_rate, threshold=threshold)
-            self._decider = Decider(bank, self._bundle.metadata)
-
-    def set_memory_size(self, size: int) -> None:
-        """Give the bank room for more vectors, or less; :meth:`save` makes it last.
-
-        Args:
-            size: Largest number of vectors. More are filled by what is learned from now on.
-
-        Raises:
-            ValueError: If there are more variants or neighbors, or the bundle has no memory bank.
-        """
-        with self._changing:
-            bank = self._known().bank.with_size(size)
+            bank = change(self._known().bank)
             if bank.size < (neighbors := int(self._bundle.metadata.get("num_neighbors", 1))):
-                msg = f"memory_size must be at least {neighbors}, the num_neighbors of the model, got {size}."
+                msg = f"memory_size must be at least {neighbors}, the num_neighbors of the model, got {bank.size}."
                 raise ValueError(msg)
             self._decider = Decider(bank, self._bundle.metadata)
 

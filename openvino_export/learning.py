@@ -53,7 +53,7 @@ def take_in(
     Raises:
         ValueError: If it gives embeddings that are not finite.
     """
-    if update.knows(image_hash):
+    if update.knows(image_hash, variant):
         return
     embedding = embed(image)
     patches = embedding.reshape(-1, embedding.shape[-1])

@@ -45,6 +45,10 @@ NOT_RUN = {
     ".venv/bin/mypy anomalib_ext openvino_export": "likewise",
     ".venv/bin/sphinx-build --quiet --fail-on-warning docs docs/_build": "likewise",
     "pip install .": "installs into the edge PC's environment; the CI does, and tests there",
+    "anomalib-edge variants rename weights/openvino new_lid lid": "needs variants of these names; "
+    "tests/openvino_export/cli/test_variants.py does it",
+    "anomalib-edge variants merge weights/openvino cap lid": "likewise",
+    "anomalib-edge variants delete weights/openvino cap": "likewise",
     'uv pip install --python application/backend/.venv ".[train,offline]"': "needs Studio",
     "PL_TRAINER_MAX_EPOCHS=1 anomalib benchmark --config configs/benchmark/small/dinomaly.yaml": "Anomalib's model "
     "cannot do without weights from the internet",

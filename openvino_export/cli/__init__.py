@@ -13,6 +13,7 @@ from openvino_export.cli.inspect import predict, watch
 from openvino_export.cli.learning import info, learn, set_decision, undo
 from openvino_export.cli.measure import benchmark, parity
 from openvino_export.cli.output import ERROR
+from openvino_export.cli.variants import delete, list_variants, merge, rename
 
 COMMANDS: dict[str, Any] = {
     "predict": predict,
@@ -23,6 +24,13 @@ COMMANDS: dict[str, Any] = {
     "parity": parity,
     "watch": watch,
     "undo": undo,
+    "variants": {
+        "_help": "List, rename, merge or delete the product variants of a bundle.",
+        "list": list_variants,
+        "rename": rename,
+        "merge": merge,
+        "delete": delete,
+    },
 }
 
 

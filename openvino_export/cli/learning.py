@@ -28,7 +28,8 @@ def learn(
         bundle: Folder that the export to openvino has written.
         source: Image, or folder of images.
         variant: Name of the product variant that they show; found for each image if not given.
-        force: Learn images that look anomalous as well.
+        force: Learn images that look anomalous as well, and as a variant whose name differs from a known one by case or
+            blanks alone.
         defective: The images are defective: what is like their defects is called anomalous from now on.
         mask: Where the defect is: an image of the same size, white where it is; or a folder with one for each image, at
             the same place below it and of the same name, with or without _mask.
@@ -56,6 +57,7 @@ def learn(
         "shown_defects": dict(report.shown),
         "still_good": report.still_good,
         "known_images": report.known_images,
+        "known_as": [{"known": known, "given": given, "images": n} for (known, given), n in report.known_as.items()],
         "held_back": learned.held_back,
         "vectors": report.num_vectors,
         "radius_bound": report.radius_bound,
@@ -147,7 +149,7 @@ def info(bundle: str) -> int:
 
 
 def undo(bundle: str) -> int:
-    """Bring back the bundle as it was before the last learn or set; a second time, bring that back.
+    """Bring back the bundle as it was before the last learn, set or change of variants; a second time, bring that back.
 
     Args:
         bundle: Folder that the export to openvino has written.

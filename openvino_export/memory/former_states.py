@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of former schemas: 2 knew neither where a vector came from nor what it is worth, 3 knew no shown defects."""
+"""States of former schemas.
+
+2 knew neither where a vector came from nor what it is worth, 3 no shown defects, 4 not of which variant an image was.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 def upgraded(
     arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """What a state of schema 2 or 3 says.
+    """What a state of schema 2 to 4 says.
 
     Args:
         arrays: Its arrays.
@@ -31,10 +34,12 @@ def upgraded(
     """
     if plain["schema_version"] == 2:
         arrays, plain = _upgraded_2(arrays, plain)
-    entries = [{**entry, "defects": 0, "shown": 0} for entry in plain["variants"]]
-    nothing = np.empty((0, arrays["vectors"].shape[-1]), np.float32)
-    new = {**arrays, "defects": nothing, "defect_reaches": np.empty(0, np.float32)}
-    return new, {**plain, "variants": entries}
+    if plain["schema_version"] < 4:
+        entries = [{**entry, "defects": 0, "shown": 0} for entry in plain["variants"]]
+        nothing = np.empty((0, arrays["vectors"].shape[-1]), np.float32)
+        arrays = {**arrays, "defects": nothing, "defect_reaches": np.empty(0, np.float32)}
+        plain = {**plain, "variants": entries}
+    return {**arrays, "image_owners": np.full(arrays["image_hashes"].shape, -1, np.int32)}, dict(plain)
 
 
 def _upgraded_2(

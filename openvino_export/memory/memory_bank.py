@@ -23,7 +23,7 @@ from .thresholds import FALSE_ALARM_RATE, check_rate
 from .variant import MEMBERSHIP, Variant, cut, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from numpy.typing import NDArray
 
@@ -42,11 +42,13 @@ class MemoryBank:
         dtype: Precision in which vectors are kept, `float32` or `float16`.
         variants: The bank's content by variant name, in order of arrival; cut to the shares of the budget.
         image_hashes: Hashes of the images that were learned, shape `(n,)`; the last ones are kept.
+        image_owners: Position of each image's variant in `variants`, shape `(n,)`; -1 where unknown, as by default.
         false_alarm_rate: Share of good images that may be called anomalous, where a variant has no rate of its own.
 
     Attributes:
         variants: The bank's content.
         image_hashes: Hashes of the images.
+        image_owners: Position of each image's variant.
 
     Raises:
         ValueError: If `size` is not positive, `dtype` neither float32 nor float16, or the rate out of range.
@@ -59,6 +61,7 @@ class MemoryBank:
         variants: Mapping[str, Variant] | None = None,
         image_hashes: NDArray[np.int64] | None = None,
         false_alarm_rate: float = FALSE_ALARM_RATE,
+        image_owners: NDArray[np.int32] | None = None,
     ) -> None:
         if not isinstance(size, (int, np.integer)) or size < 1:
             msg = f"memory_size must be a whole number of at least 1, got {size!r}."
@@ -72,18 +75,68 @@ class MemoryBank:
         shares = shares_by_need(variants or {}, size)
         self.variants = within_bounds({name: _cut(each, shares[name]) for name, each in (variants or {}).items()})
         hashes = np.empty(0, np.int64) if image_hashes is None else image_hashes
-        self.image_hashes = hashes[-REMEMBERED_IMAGES:]
+        owners = np.full(len(hashes), -1, np.int32) if image_owners is None else image_owners
+        self.image_hashes, self.image_owners = hashes[-REMEMBERED_IMAGES:], owners[-REMEMBERED_IMAGES:]
 
     def __len__(self) -> int:
         """Number of vectors."""
         return sum(len(variant.radii) for variant in self.variants.values())
 
     def with_variants(
-        self, variants: Mapping[str, Variant], image_hashes: NDArray[np.int64] | None = None
+        self, variants: Mapping[str, Variant], image_hashes: Mapping[str, NDArray[np.int64]] | None = None
     ) -> MemoryBank:
-        """A bank with new or changed variants, the budget divided anew, that remembers further images."""
-        hashes = self.image_hashes if image_hashes is None else np.concatenate([self.image_hashes, image_hashes])
-        return MemoryBank(self.size, self.dtype.name, {**self.variants, **variants}, hashes, self.false_alarm_rate)
+        """A bank with new or changed variants, the budget divided anew, that remembers further images.
+
+        Args:
+            variants: New or changed variants by name.
+            image_hashes: Hashes of further images by the name of their variant, "" where it is unknown.
+        """
+        together = {**self.variants, **variants}
+        position = {"": -1, **{name: number for number, name in enumerate(together)}}
+        hashes, owners = [self.image_hashes], [self.image_owners]
+        for name, more in (image_hashes or {}).items():
+            hashes.append(more)
+            owners.append(np.full(len(more), position[name], np.int32))
+        return self._of(together, np.concatenate(hashes), np.concatenate(owners))
+
+    def of_variants(self, names: Collection[str]) -> MemoryBank:
+        """A bank of some of the variants and their images; images of unknown variants are remembered, too."""
+        kept = {name: each for name, each in self.variants.items() if name in names}
+        moved = np.array([*({name: i for i, name in enumerate(kept)}.get(name, -2) for name in self.variants), -1])
+        owners = moved[self.image_owners].astype(np.int32)  # -1 is the last
+        return self._of(kept, self.image_hashes[owners != -2], owners[owners != -2])
+
+    def check_known(self, variant: str) -> None:
+        """Refuse a name that no variant has.
+
+        Raises:
+            ValueError: If none has it.
+        """
+        if variant not in self.variants:
+            msg = f"There is no variant {variant!r}; known are {', '.join(self.variants) or 'none'}."
+            raise ValueError(msg)
+
+    def renamed(self, old: str, new: str) -> MemoryBank:
+        """A bank in which a variant has another name."""
+        bank = copy.copy(self)
+        bank.variants = {new if name == old else name: each for name, each in self.variants.items()}
+        return bank
+
+    def hashes_by_variant(self) -> dict[str, NDArray[np.int64]]:
+        """Hashes of the images of each variant, under "" those whose variant is unknown."""
+        return {name: self.image_hashes[self.image_owners == i] for i, name in ((-1, ""), *enumerate(self.variants))}
+
+    def variant_of_image(self, image_hash: int) -> str | None:
+        """Name of the variant that an image was learned as, "" where it is unknown, None if it was not learned."""
+        found = np.flatnonzero(self.image_hashes == image_hash)
+        if not len(found):
+            return None
+        owner = self.image_owners[found[0]]
+        return "" if owner < 0 else list(self.variants)[owner]
+
+    def _of(self, variants: Mapping[str, Variant], hashes: NDArray[np.int64], owners: NDArray[np.int32]) -> MemoryBank:
+        """A bank of the same size that holds something else."""
+        return MemoryBank(self.size, self.dtype.name, variants, hashes, self.false_alarm_rate, owners)
 
     def with_size(self, size: int) -> MemoryBank:
         """A bank of another size: a smaller one is cut at once, a larger one is filled by what is learned from now on.
@@ -97,7 +150,8 @@ class MemoryBank:
         if isinstance(size, (int, np.integer)) and size < len(self.variants):
             msg = f"memory_size must be at least {len(self.variants)}, one vector for each variant, got {size}."
             raise ValueError(msg)
-        return MemoryBank(size, self.dtype.name, self.variants, self.image_hashes, self.false_alarm_rate)
+        rest = (self.dtype.name, self.variants, self.image_hashes, self.false_alarm_rate, self.image_owners)
+        return MemoryBank(size, *rest)
 
     def with_changes(self, variant: str, **changes: Any) -> MemoryBank:  # noqa: ANN401
         """A bank that decides otherwise on a variant; its vectors, and their index, are the same.
@@ -130,9 +184,8 @@ class MemoryBank:
         Raises:
             ValueError: If there is no such variant, or a value is out of range.
         """
-        if variant is not None and variant not in self.variants:
-            msg = f"There is no variant {variant!r}; known are {', '.join(self.variants) or 'none'}."
-            raise ValueError(msg)
+        if variant is not None:
+            self.check_known(variant)
         if threshold is not None and not 0 < threshold < np.inf:
             msg = f"A threshold must be above 0 and finite, got {threshold}."
             raise ValueError(msg)
@@ -156,7 +209,7 @@ class MemoryBank:
 
     def nbytes(self) -> int:
         """Bytes of all arrays, as they are saved."""
-        arrays: list[NDArray[Any]] = [self.image_hashes]
+        arrays: list[NDArray[Any]] = [self.image_hashes, self.image_owners]
         for variant in self.variants.values():
             arrays += [variant.vectors, variant.radii, variant.cover_radii, variant.prototype]
             arrays += [variant.origins, variant.stand_ins, variant.gains]

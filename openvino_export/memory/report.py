@@ -25,6 +25,8 @@ class Report:
     Attributes:
         variants: Images learned by variant.
         known_images: Images left out because they had been learned before.
+        known_as: Those of them that had been learned as another variant than they were now to be, by both names: as
+            which they are known, and as which they were given.
         shown: Defective images shown by variant.
         still_good: Images that were shown as defective, and are still called good: their defect looks as good parts do.
         held_back: Images left out because they look anomalous, and the factor by which each exceeds the threshold.
@@ -39,6 +41,7 @@ class Report:
 
     variants: Counter[str] = field(default_factory=Counter)
     known_images: int = 0
+    known_as: Counter[tuple[str, str]] = field(default_factory=Counter)
     shown: Counter[str] = field(default_factory=Counter)
     still_good: list[str] = field(default_factory=list)
     held_back: dict[str, float] = field(default_factory=dict)
@@ -62,7 +65,12 @@ class Report:
             if more:
                 (self.added if more > 0 else self.removed)[name] = abs(more)
         self.radius_bound, self.num_vectors, self.nbytes = bank.radius_bound(), len(bank), bank.nbytes()
-        self.advice = advice(bank, self.variants)
+        self.advice = [
+            f"{count} images are known as {known!r}, so they were not learned as {given!r}. If that name is wrong, "
+            "rename the variant, or merge it with the right one: anomalib-edge variants, rename_variant, merge_variants."
+            for (known, given), count in self.known_as.items()
+        ]
+        self.advice += advice(bank, self.variants)
         self.advice += [
             f"{name} was shown as defective and is still called good: what is seen of its defect looks as good parts "
             "do. It may help to show where it is, with a mask or a box; or take larger images."
@@ -76,12 +84,13 @@ class Report:
             ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
             for counts in (self.added, self.removed)
         )
+        known = "".join(f", {count} of them as {name}" for (name, _), count in self.known_as.items())
         held_back = f", {len(self.held_back)} held back" if self.held_back else ""
         shown = "".join(f"; {count} defective images of {name} shown" for name, count in self.shown.items())
         return (
-            f"learned {learned} ({self.known_images} known already{held_back}){shown}; vectors added {added}, removed "
-            f"{removed}, now {self.num_vectors}; radius bound {self.radius_bound:.2f}; {self.nbytes / 2**20:.1f} MiB; "
-            f"selection {self.seconds:.1f} s"
+            f"learned {learned} ({self.known_images} known already{known}{held_back}){shown}; vectors added {added}, "
+            f"removed {removed}, now {self.num_vectors}; radius bound {self.radius_bound:.2f}; "
+            f"{self.nbytes / 2**20:.1f} MiB; selection {self.seconds:.1f} s"
         )
 
 

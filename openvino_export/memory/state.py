@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 OLDEST_VERSION = 2
 # Under these keys the arrays of all variants follow each other, by the attribute of a variant, or of its calibration.
 VECTORS = {
@@ -69,6 +69,7 @@ def to_arrays(known: MemoryBank | Update) -> tuple[dict[str, NDArray[Any]], dict
         "defect_reaches": np.concatenate([np.empty(0, np.float32), *(each.reaches for each in shown)]),
         "prototypes": np.array([v.prototype for v in variants], np.float32).reshape(len(variants), dimension),
         "image_hashes": bank.image_hashes,
+        "image_owners": bank.image_owners,
     }
     plain: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -118,14 +119,22 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) ->
     try:
         if version < SCHEMA_VERSION:
             arrays, plain = upgraded(arrays, plain)
-        empty = MemoryBank(plain["size"], plain["dtype"], false_alarm_rate=plain["false_alarm_rate"])
+        rate = plain["false_alarm_rate"]
+        MemoryBank(plain["size"], plain["dtype"], false_alarm_rate=rate)  # which refuses what is out of range
         problems = _contradictions(arrays, plain)
     except KeyError as error:
         problems = [f"{error} is missing"]
     if problems:
         msg = f"The memory bank is damaged: {'; '.join(problems)}. Use an undamaged copy of the file."
         raise ValueError(msg)
-    bank = empty.with_variants(_variants(arrays, plain), np.array(arrays["image_hashes"]))
+    bank = MemoryBank(
+        plain["size"],
+        plain["dtype"],
+        _variants(arrays, plain),
+        np.array(arrays["image_hashes"]),
+        rate,
+        np.array(arrays["image_owners"]),
+    )
     capacity = pool_capacity(bank)
     pools = []
     for position, described in enumerate(plain["streams"]):
@@ -229,6 +238,7 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
         "defect_reaches": (defects,),
         "prototypes": (len(entries), dimension),
         "image_hashes": (arrays["image_hashes"].size,),
+        "image_owners": (arrays["image_hashes"].size,),
     }
     finite = ["vectors", "defects", "covers", "prototypes", "calibration_patches", "calibration_factors"]
     for position, stream in enumerate(plain["streams"]):
@@ -264,6 +274,8 @@ def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
     problems += [
         f"{key} are not above 0" for key in ("calibration_factors", "defect_reaches") if not (arrays[key] > 0).all()
     ]
+    if not np.isin(arrays["image_owners"], range(-1, len(entries))).all():
+        problems.append("image_owners names variants that are not there")
     if len({entry["name"] for entry in entries}) < len(entries):
         problems.append("a variant is there twice")
     if len({stream["name"] for stream in plain["streams"]}) < len(plain["streams"]):

@@ -21,6 +21,7 @@ import numpy as np
 from .defects import DEFECT_VECTORS, good_patches, limited, scored_by, together, with_defect
 from .leave_one_out import calibration_of, joined, no_images, scored, worth
 from .memory_bank import check_patches, identify
+from .names import checked_name
 from .patch_pool import PatchPool
 from .report import Report
 from .thresholds import thresholds
@@ -68,13 +69,22 @@ class Update:
         """Another update that goes on where this one is, which stays as it is."""
         return Update(self.bank, copy.deepcopy(list(self.pools.values())))
 
-    def knows(self, image_hash: int) -> bool:
-        """Whether the image with this hash was learned; if so, the report counts it."""
-        known = bool((self.bank.image_hashes == image_hash).any()) or any(
-            image_hash in pool.hashes for pool in self.pools.values()
-        )
-        self.report.known_images += known
-        return known
+    def knows(self, image_hash: int, variant: str | None = None) -> bool:
+        """Whether the image with this hash was learned; if so, the report counts it.
+
+        Args:
+            image_hash: Identifies the image.
+            variant: As which it is to be learned. The report tells if it is known as another.
+        """
+        known_as = next((pool.name for pool in self.pools.values() if image_hash in pool.hashes), None)
+        if known_as is None:
+            known_as = self.bank.variant_of_image(image_hash)
+        if known_as is None:
+            return False
+        self.report.known_images += 1
+        if known_as and variant not in {None, known_as}:
+            self.report.known_as[known_as, str(variant)] += 1
+        return True
 
     def identify(self, patches: Array) -> str | None:
         """Variant to which an image with patches of shape `(n, d)` belongs, None if it is of none that was learned."""
@@ -105,20 +115,18 @@ class Update:
 
         Raises:
             ValueError: If the embedding has another shape or another dimension than the bank's, is not finite or too
-                large, if the name is empty, or if the bank has no room for another variant. Nothing was learned then.
+                large, if the name is blank, or if the bank has no room for another variant. Nothing was learned then.
         """
         patches = embedding
         if embedding.ndim == 3:
             patches = embedding.reshape(embedding.shape[0] * embedding.shape[1], embedding.shape[2])
         check_patches(patches, self._dimension(), self.bank.dtype)
-        if image_hash is not None and self.knows(image_hash):
+        variant = None if variant is None else checked_name(variant)
+        if image_hash is not None and self.knows(image_hash, variant):
             return None
         start = time.perf_counter()
         if variant is None:
             variant = self.identify(patches) or _new_name({*self.bank.variants, *self.pools})
-        if not variant:
-            msg = "The name of a variant must not be empty; without one, the variant of each image is found."
-            raise ValueError(msg)
         self._check_room([variant])
         pool = self._pool_of(variant, patches.shape[1])
         places = embedding.ndim == 3 and all(map_size)
@@ -216,7 +224,9 @@ class Update:
             if name not in self.bank.variants:
                 vectors, moved = rounded(variant.vectors, self.bank.dtype)
                 unknown[name] = replace(variant, vectors=vectors, cover_radii=variant.cover_radii + moved)
-        hashes = other.image_hashes[~np.isin(other.image_hashes, self.bank.image_hashes)]
+        hashes = {
+            name: values[~np.isin(values, self.bank.image_hashes)] for name, values in other.hashes_by_variant().items()
+        }
         for name, variant in other.variants.items():
             if name in self.bank.variants:
                 pool = self._pool_of(name, variant.vectors.shape[1])
@@ -288,7 +298,7 @@ class Update:
         if known is not None:
             variant = replace(variant, wanted=known.wanted, floor=known.floor)
         variant = replace(variant, **worth(variant)._asdict())
-        self.bank = bank.with_variants({pool.name: variant}, np.array(pool.hashes, np.int64))
+        self.bank = bank.with_variants({pool.name: variant}, {pool.name: np.array(pool.hashes, np.int64)})
         del self.pools[pool.name]
         self.report.variants[pool.name] += pool.images
         self.report.seconds += pool.seconds + time.perf_counter() - start
@@ -337,6 +347,13 @@ def validated(bank: MemoryBank, variant: str, images: Calibration) -> MemoryBank
     defects = limited(known.defects, good.reshape(-1, good.shape[-1]))
     calibration = scored(known, joined([kept, images]))
     return bank.with_changes(variant, calibration=calibration, defects=defects, former=None)
+
+
+def merged(bank: MemoryBank, variant: str, into: str) -> MemoryBank:
+    """A bank in which a variant has become a part of another, whose rate and threshold are kept."""
+    update = Update(bank.of_variants([name for name in bank.variants if name != variant]))
+    update.merge(bank.of_variants([variant]).renamed(variant, into))
+    return update.bank
 
 
 def _numbers(known: Variant, other: Variant) -> Callable[[NDArray[np.int32]], NDArray[np.int32]]:

@@ -59,6 +59,12 @@ class InspectionModule(LightningModule):
         state = None if self._trainer is None else self._trainer.state
         return state is not None and (state.fn, state.status) == (TrainerFn.FITTING, TrainerStatus.RUNNING)
 
+    def _check_idle(self) -> None:
+        """Refuse to change the model while a trainer is fitting it."""
+        if self._is_fitting:
+            msg = "A trainer is fitting this model. Change what it knows when the fit has ended."
+            raise RuntimeError(msg)
+
     # Steps
 
     def configure_callbacks(self) -> list[Callback]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from anomalib_ext.data import MultiCategory
 from openvino_export.images import check_values, image_hash, load
 from openvino_export.learning import Region, regions_of, show_defect, take_in
+from openvino_export.memory.names import checked_name
 from openvino_export.memory.update import Update
 
 from .torch_model import ContinualPatchCoreModel
@@ -105,9 +106,15 @@ def add_images(
 
 
 def variants_of(model: "ContinualPatchCore", batch: Batch) -> list[str | None]:
-    """Name of the variant of each image of a batch of a trainer; None where it is to be found."""
+    """Name of the variant of each image of a batch of a trainer; None where it is to be found.
+
+    Raises:
+        ValueError: If a name is blank, or differs from that of a known variant by case or blanks alone.
+    """
     datamodule = getattr(model.trainer, "datamodule", None)
     if model.variant is None and isinstance(datamodule, MultiCategory):
-        return list(datamodule.categories_of(cast("Any", batch).image_path))
-    label = model.variant or getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
-    return [label] * len(cast("torch.Tensor", batch.image))
+        labels: list[Any] = list(datamodule.categories_of(cast("Any", batch).image_path))
+    else:
+        label = model.variant or getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
+        labels = [label] * len(cast("torch.Tensor", batch.image))
+    return [label and checked_name(label, model.model.searched.variants) for label in labels]

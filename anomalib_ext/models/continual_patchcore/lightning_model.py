@@ -8,7 +8,7 @@ file.
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,8 +28,11 @@ from anomalib_ext.export import BundleContent
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.checks import check_files
 from anomalib_ext.models.components.patchcore import PatchCoreModule
+from openvino_export.edits import BankEdits
 from openvino_export.images import image_hash
 from openvino_export.learning import Region
+from openvino_export.memory.memory_bank import MemoryBank
+from openvino_export.memory.names import checked_name
 from openvino_export.memory.report import Report
 from openvino_export.memory.thresholds import image_thresholds
 
@@ -44,7 +47,7 @@ from .validation import ValidatedImages
 logger = logging.getLogger(__name__)
 
 
-class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of Lightning and Anomalib
+class ContinualPatchCore(BankEdits, PatchCoreModule, AnomalibModule):  # most are hooks of Lightning and Anomalib
     """PatchCore that learns product after product within a fixed memory budget.
 
     Every ``Engine.fit`` on the same model, every ``--ckpt_path`` given to ``anomalib train`` or ``fit``, and every
@@ -189,13 +192,13 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
             RuntimeError: If a trainer is fitting the model.
             TypeError: If something else than that is given.
             FileNotFoundError: If there is no such file.
-            ValueError: If there are no images, or one is unreadable, too small, of unsuitable depth or not finite.
+            ValueError: If there are no images, or one is unreadable, too small, of unsuitable depth or not finite, or
+                if the variant's name is blank, or differs from a known one by case or blanks alone.
         """
-        if self._is_fitting:
-            msg = "A trainer is fitting this model. Call partial_fit when the fit has ended."
-            raise RuntimeError(msg)
+        self._check_idle()
         named = named_images(images)
         variant = self.variant if variant is None else variant
+        variant = None if variant is None else checked_name(variant, self.model.bank.variants)
         # As a trainer; the pre-processor's own call is for exported models, and resizes less smoothly.
         prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
         was_training = self.training
@@ -226,7 +229,7 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
         assert self.model.update is not None
         update, variants = self.model.update, variants_of(self, batch)
         images = batch.image.detach().float().cpu().numpy()
-        new = [(i, value) for i, value in enumerate(map(image_hash, images)) if not update.knows(value)]
+        new = [(i, value) for i, value in enumerate(map(image_hash, images)) if not update.knows(value, variants[i])]
         if new:
             embeddings = self.model.embed_arrays(images[[i for i, _ in new]])
             for (i, value), embedding in zip(new, embeddings, strict=True):
@@ -256,11 +259,10 @@ class ContinualPatchCore(PatchCoreModule, AnomalibModule):  # most are hooks of 
             logger.warning(sentence)
         return report
 
-    def set_decision(
-        self, variant: str | None = None, *, false_alarm_rate: float | None = None, threshold: float | None = None
-    ) -> None:
-        """Decide by another rate, or a threshold set by hand; as :meth:`EdgeDetector.set_decision`."""
-        self.model.set_decision(variant, false_alarm_rate, threshold)
+    def edit_bank(self, change: Callable[[MemoryBank], MemoryBank]) -> None:
+        """Judge from now on by what a function makes of the bank; refused while a trainer is fitting the model."""
+        self._check_idle()
+        self.model.edit_bank(change)
         self._refresh()
 
     def _drop_update(self) -> None:

@@ -2,7 +2,7 @@
 """Patch embeddings, search in the memory bank, and anomaly maps of ContinualPatchCore."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -218,13 +218,9 @@ class ContinualPatchCoreModel(nn.Module):
         if self.interrupted is not None and variant in self.interrupted.bank.variants:
             self.interrupted.validate(variant, images)
 
-    def set_decision(self, variant: str | None, false_alarm_rate: float | None, threshold: float | None) -> None:
-        """Decide by another rate or threshold, also when an interrupted update goes on; see ``with_decision``."""
-        changes = {"false_alarm_rate": false_alarm_rate, "threshold": threshold}
-        self.bank = self.bank.with_decision(variant, **changes)
-        for update in (self.update, self.interrupted):
-            if update is not None and (variant is None or variant in update.bank.variants):
-                update.bank = update.bank.with_decision(variant, **changes)
+    def edit_bank(self, change: Callable[[MemoryBank], MemoryBank]) -> None:
+        """Replace the bank by what a function makes of it; an update that was interrupted ends in it as it is."""
+        self.bank, self.interrupted = change(self.bank), None
 
     def refresh(self) -> None:
         """Judge from now on by the bank as it is, during an update by that of the update."""

@@ -151,6 +151,8 @@ def test_a_checkpoint_in_the_middle_of_an_update(
         each.partial_fit(files("checks")[12:], "checks")
         assert each.model.bank.variants["checks"].images == 20
     assert state_of(again) == state_of(model)
+    interrupted.rename_variant("checks", "chess")  # ends the update
+    assert interrupted.partial_fit(files("checks"), "chess").variants == {"chess": 8}
 
 
 @pytest.mark.parametrize("val_split_mode", ["same_as_test", "none"])

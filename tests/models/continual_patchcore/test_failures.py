@@ -267,6 +267,8 @@ class _Learns(Callback):
         assert isinstance(pl_module, ContinualPatchCore)
         with pytest.raises(RuntimeError, match="A trainer is fitting this model"):
             pl_module.partial_fit(torch.rand(1, 3, 64, 64), "other")
+        with pytest.raises(RuntimeError, match="A trainer is fitting this model"):
+            pl_module.delete_variant("dots")
 
 
 def test_a_fit_is_not_disturbed(model: ContinualPatchCore, make_data: Make, make_engine: Make) -> None:

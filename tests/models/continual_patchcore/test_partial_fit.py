@@ -2,6 +2,7 @@
 """Tests of learning without a trainer."""
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,3 +208,33 @@ def test_nothing_is_suspicious_unless_asked_or_known(model: ContinualPatchCore, 
     assert model.partial_fit(holes, "checks", hold_back=True).variants == {"checks": 6}
     assert make_tiny().partial_fit(holes, hold_back=True).variants == {"variant_1": 6}
     assert model.partial_fit(tensors("stripes", "test/hole"), "stripes").variants == {"stripes": 6}
+
+
+def test_a_mistyped_name(
+    model: ContinualPatchCore, tensors: Make, files: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Images known under another name are said to be; the variant can be renamed, and merged with what is right."""
+    model.partial_fit(tensors("checks")[:5], "chex")
+    with caplog.at_level(logging.WARNING):
+        report = model.partial_fit(tensors("checks"), " checks ")
+    assert report.variants == {"checks": 15}
+    assert "5 images are known as 'chex', so they were not learned as 'checks'" in caplog.text
+    model.merge_variants("chex", "checks")
+    assert model.model.bank.variants["checks"].images == 20
+    assert model(tensors("checks", "test/good")).pred_label.sum() <= 1
+    with pytest.raises(ValueError, match="'Checks' differs from the variant 'checks'"):
+        model.partial_fit(files("checks"), "Checks")
+    model.delete_variant("checks")
+    assert list(model.model.bank.variants) == ["stripes", "dots"]
+    assert len(model.post_processor.image_values) == 2
+
+
+@pytest.mark.parametrize(("name", "message"), [("Stripes", "by case or blanks alone"), (" ", "must not be blank")])
+def test_a_fit_under_a_mistyped_name(
+    name: str, message: str, model: ContinualPatchCore, make_data: Make, make_engine: Make, state_of: Make
+) -> None:
+    """It ends before anything was learned."""
+    model.variant, before = name, state_of(model)
+    with pytest.raises(ValueError, match=message):
+        make_engine().fit(model, datamodule=make_data("stripes"))
+    assert state_of(model) == before

@@ -14,7 +14,7 @@ from openvino_export.memory import memory_bank, patch_pool
 from openvino_export.memory import update as updates
 from openvino_export.memory.memory_bank import MemoryBank
 from openvino_export.memory.thresholds import thresholds
-from openvino_export.memory.update import Update
+from openvino_export.memory.update import Update, merged
 
 from .banks import (
     REPEATABLE,
@@ -163,6 +163,24 @@ class Learning(RuleBasedStateMachine):
         self.open = {}
         for name, patches in new.items():
             self.images[name] = self.images.get(name, 0) + len(patches)
+
+    @rule(name=st.sampled_from("abcd"), other=st.sampled_from("abcd"))
+    def edit(self, name: str, other: str) -> None:
+        """Rename, delete or merge a variant, as far as that is possible."""
+        self.flush()
+        bank = self.update.bank
+        assume(name in bank.variants)
+        if other not in bank.variants:
+            bank = bank.renamed(name, other)
+            self.learned = {other if each == name else each: images for each, images in self.learned.items()}
+        elif other == name:
+            bank = bank.of_variants([each for each in bank.variants if each != name])
+            del self.learned[name]
+        else:
+            bank = merged(bank, name, other)
+            self.learned[other] = self.learned[other] + self.learned.pop(name)
+        self.update = Update(bank)
+        self._remember()
 
     @invariant()
     def promises_hold(self) -> None:
@@ -331,8 +349,8 @@ def test_bad_patches_are_refused(patches: Array, message: str, known: str, varia
 def test_empty_name() -> None:
     """Is refused: it is no name, and not the lack of one either."""
     update = Update(filled())
-    with as_if_not_called(update), pytest.raises(ValueError, match="must not be empty"):
-        update.add(draw("lobes", "z", 0, 40), "")
+    with as_if_not_called(update), pytest.raises(ValueError, match="must not be blank"):
+        update.add(draw("lobes", "z", 0, 40), " ")
 
 
 def test_values_out_of_range_of_half_precision() -> None:
