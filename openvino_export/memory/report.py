@@ -67,7 +67,7 @@ class Report:
         self.radius_bound, self.num_vectors, self.nbytes = bank.radius_bound(), len(bank), bank.nbytes()
         self.advice = [
             f"{count} images are known as {known!r}, so they were not learned as {given!r}. If that name is wrong, "
-            "rename the variant, or merge it with the right one: anomalib-edge variants, rename_variant, merge_variants."
+            "rename the variant, or merge it with the right one (anomalib-edge variants, or rename_variant)."
             for (known, given), count in self.known_as.items()
         ]
         self.advice += advice(bank, self.variants)
