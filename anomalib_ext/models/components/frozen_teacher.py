@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teachers that never move, and the life in a trainer of models that learn from them."""
 
+import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from anomalib.data import Batch
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchvision.transforms.v2 import Resize
+from tqdm.auto import tqdm
 
 from anomalib_ext.export import BundleContent, WholeGraph
 
 from .backbone import load_backbone
+from .batch_norm import estimate_batch_statistics
 from .checks import check_files, check_images
 from .training import InspectionModule
 
@@ -72,6 +78,7 @@ class FrozenTeacherModule(InspectionModule):
     backbone_argument = "backbone"
     save_teachers: bool
     map_size_suffixes: tuple[str, ...] = ()
+    _has_statistics = False  # whether those of batch normalisation are of the weights as they are
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -109,6 +116,57 @@ class FrozenTeacherModule(InspectionModule):
             raise ValueError(msg)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True)
         return loss
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
+        """After the last step, estimate the statistics of batch normalisation before anything is judged or saved."""
+        del outputs, batch, batch_idx
+        trainer = self.trainer
+        self._has_statistics = trainer.global_step == trainer.max_steps or (
+            trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        )
+        if self._has_statistics:
+            self._estimate_batch_statistics()
+
+    def on_train_end(self) -> None:
+        """Do so now if the end was not foreseen, as with early stopping, and judge once more for the thresholds."""
+        if self._has_statistics:
+            return
+        self._has_statistics = True
+        self._estimate_batch_statistics()
+        if self.trainer.enable_validation:
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
+
+    def _estimate_batch_statistics(self) -> None:
+        loader = cast("Iterable[Any]", self.trainer.train_dataloader)
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            loader = self._without_augmentation(loader)
+        estimate_batch_statistics(self.model, self.prepared_images(loader, "Statistics of batch normalisation"))
+
+    def _without_augmentation(self, loader: DataLoader) -> DataLoader:
+        """Return a loader of all images in each process, so that all have the same statistics."""
+        dataset = copy.copy(loader.dataset)
+        if hasattr(dataset, "augmentations"):  # Anomalib resizes with them
+            resizes = extract_transforms_by_type(getattr(self.pre_processor, "transform", None), Resize)
+            dataset.augmentations = resizes[0] if resizes else None
+        return DataLoader(
+            dataset,
+            loader.batch_size if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", 1),
+            shuffle=True,  # images that follow each other may be alike
+            generator=torch.Generator().manual_seed(0),  # which leaves the random numbers of the training alone
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+        )
+
+    @torch.no_grad()
+    def prepared_images(self, batches: Iterable[Any], description: str) -> Iterator[torch.Tensor]:
+        """Yield the images of batches as a trainer gives them to the model, and show how far it is."""
+        # As a trainer does it; the pre-processor's own call is for exported models, and resizes less smoothly.
+        prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
+        hidden = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
+        for batch in tqdm(batches, desc=description, disable=hidden):
+            yield self.trainer.precision_plugin.convert_input(prepare(batch.image.to(self.device)))
 
     # Checkpoints
 

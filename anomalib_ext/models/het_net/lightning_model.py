@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """HetNet in a trainer. See the README beside this file for what is the paper's and what is ours."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ from anomalib.visualization import Visualizer
 from torch import nn
 from torch.optim import Adam
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.frozen_teacher import FrozenTeacherModule, check_save_teachers
@@ -132,18 +130,12 @@ class HetNet(FrozenTeacherModule, AnomalibModule):
             collate_fn=loader.collate_fn,
         )
         with torch.random.fork_rng(devices=[]):
-            self.model.noise.fit(self._teacher_maps(ordered), len(ordered.dataset))
-
-    @torch.no_grad()
-    def _teacher_maps(self, loader: DataLoader) -> Iterator[list[torch.Tensor]]:
-        # As a trainer does it; the pre-processor's own call is for exported models, and resizes less smoothly.
-        prepare = getattr(self.pre_processor, "transform", self.pre_processor) or nn.Identity()
-        hidden = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
-        for batch in tqdm(loader, desc="Statistics of the noise", disable=hidden):
-            yield self.model.teacher(prepare(batch.image.to(self.device)))
+            maps = map(self.model.teacher, self.prepared_images(ordered, "Statistics of the noise"))
+            self.model.noise.fit(maps, len(ordered.dataset))
 
     def on_train_end(self) -> None:
         """Give the memory of the noise back."""
+        super().on_train_end()
         self.model.noise.clear()
 
     def training_loss(self, images: torch.Tensor) -> torch.Tensor:

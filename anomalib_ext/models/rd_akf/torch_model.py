@@ -12,7 +12,6 @@ from anomalib_ext.models.components.checks import check_images
 from anomalib_ext.models.components.frozen_teacher import Teacher
 from anomalib_ext.models.components.reverse_distillation import (
     LEVELS,
-    STRIDE,
     Student,
     architecture,
     check_size,
@@ -20,39 +19,39 @@ from anomalib_ext.models.components.reverse_distillation import (
     score,
 )
 
-# Channels of a level that its weights are computed from, as in AFPN's code.
-COMPRESSED = 8
-
 
 class RdAkfModel(nn.Module):
     """Reverse distillation with AKF in place of the multi-scale concatenation.
 
     Args:
         backbone: Name of a timm ResNet, the teacher.
-        input_size: Height and width of the images; needed for ``weighting="position"``.
-        weighting: ``position`` or ``content``, see :class:`AsymptoticFusion`.
+        input_size: Height and width of the images.
         pre_trained: Whether the teacher is pretrained.
         backbone_weights: File with the teacher's weights.
 
     Raises:
-        ValueError: If the backbone has no decoder, or the size does not fit.
+        ValueError: If the backbone has no decoder, or the size is unknown or does not fit.
     """
 
     def __init__(
         self,
         backbone: str,
         input_size: tuple[int, int] | None,
-        weighting: str = "position",
         pre_trained: bool = True,
         backbone_weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         architecture(backbone)  # before anything is loaded
-        if input_size is not None:
-            check_size(*input_size)
+        if input_size is None:
+            msg = (
+                "RdAkf has a weight for each place of a map, so the size of the images must be known: give a "
+                "pre-processor with Resize((height, width))."
+            )
+            raise ValueError(msg)
+        check_size(*input_size)
         self.backbone = backbone  # which Anomalib Studio shows
         self.teacher = Teacher(backbone, LEVELS, pre_trained, backbone_weights)
-        self.fusion = AsymptoticFusion(self.teacher.channels, input_size, weighting)
+        self.fusion = AsymptoticFusion(self.teacher.channels, input_size)
         self.student = Student(backbone, self.teacher.channels[-1])
 
     def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | InferenceBatch:
@@ -74,67 +73,60 @@ class RdAkfModel(nn.Module):
 class AsymptoticFusion(nn.Module):
     """Fuses three levels step by step, from shallow to deep; the deepest level's size and channels come out.
 
-    With ``D`` the resize block, ``f`` the levels and ``w`` weights that a softmax across the inputs of a sum makes
-    convex::
+    With ``D`` the resize block, ``f`` the levels and ``w`` free weights, one for each value of a map::
 
         f'2 = w21 * D(f1) + w22 * f2
-        out = w31 * D(f1) + w32 * D(f'2) + w33 * f3
+        out = w32 * D(f'2) + w33 * f3
 
-    Neighbours first, weights of every position and channel, no way back: the paper's AKF. The equations and the softmax
-    are reconstructed after AFPN (Yang et al., TCSVT 2024).
+    Only neighbors are fused, and there is no way back: the paper's AKF. The equations are reconstructed from its text.
 
     Args:
         channels: Number of channels of the three levels.
-        input_size: Height and width of the images; needed for ``weighting="position"``.
-        weighting: ``position`` has one free weight for each value of a map (the paper's), which ties the model to a
-            size of images; ``content`` computes one for each place from the maps (AFPN's).
-
-    Raises:
-        ValueError: If `weighting` is unknown, or lacks a size.
+        input_size: Height and width of the images, which the weights are tied to.
+        skip: Whether the first level reaches the last one directly too, ``+ w31 * D(f1)``, which the paper advises
+            against.
+        softmax: Whether a softmax across the inputs of a sum makes its weights convex. Checkpoints of a former version
+            need both.
     """
 
-    def __init__(self, channels: Sequence[int], input_size: tuple[int, int] | None, weighting: str) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        input_size: tuple[int, int],
+        skip: bool = False,
+        softmax: bool = False,
+    ) -> None:
         super().__init__()
-        if weighting not in {"position", "content"}:
-            msg = f"weighting must be 'position' or 'content', got {weighting!r}."
-            raise ValueError(msg)
-        if weighting == "position" and input_size is None:
-            msg = (
-                "weighting='position' has a weight for each place of a map, so the size of the images must be known: "
-                "give a pre-processor with Resize((height, width)), or weighting='content'."
-            )
-            raise ValueError(msg)
+        self.skip = skip
         self.resize_12 = resize_block(channels[:2])
-        self.resize_13 = resize_block(channels)
+        if skip:
+            self.resize_13 = resize_block(channels)
         self.resize_23 = resize_block(channels[1:])
-
-        def weighted_sum(inputs: int, level: int) -> nn.Module:
-            if weighting == "content" or input_size is None:
-                return ContentWeightedSum(inputs, channels[level])
-            stride = STRIDE // 2 ** (3 - level)
-            return PositionWeightedSum(inputs, (channels[level], input_size[0] // stride, input_size[1] // stride))
-
-        self.sum_2 = weighted_sum(2, level=1)
-        self.sum_3 = weighted_sum(3, level=2)
+        height, width = input_size
+        self.sum_2 = WeightedSum(2, (channels[1], height // 8, width // 8), softmax)
+        self.sum_3 = WeightedSum(3 if skip else 2, (channels[2], height // 16, width // 16), softmax)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Fuse three levels to ``(B, C3, H / 16, W / 16)``."""
         first, second, third = features
         fused = self.sum_2([self.resize_12(first), second])
-        return self.sum_3([self.resize_13(first), self.resize_23(fused), third])
+        direct = [self.resize_13(first)] if self.skip else []
+        return self.sum_3([*direct, self.resize_23(fused), third])
 
 
-class PositionWeightedSum(nn.Module):
-    """Weighted sum of maps with a free weight for each value, equal at the start.
+class WeightedSum(nn.Module):
+    """Weighted sum of maps with a free weight for each value; at the start, it is their mean.
 
     Args:
         inputs: Number of maps.
         shape: Channels, height and width of each map.
+        softmax: Whether a softmax across the inputs makes the weights convex.
     """
 
-    def __init__(self, inputs: int, shape: tuple[int, int, int]) -> None:
+    def __init__(self, inputs: int, shape: tuple[int, int, int], softmax: bool = False) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(inputs, *shape))
+        self.softmax = softmax
+        self.weights = nn.Parameter(torch.full((inputs, *shape), 0.0 if softmax else 1 / inputs))
 
     def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Sum maps of shape ``(B, C, h, w)``.
@@ -142,48 +134,22 @@ class PositionWeightedSum(nn.Module):
         Raises:
             ValueError: If the maps have another size than the weights.
         """
-        if maps[0].shape[1:] != self.logits.shape[1:]:
-            sizes = [tuple(int(side) for side in shape[-2:]) for shape in (maps[0].shape, self.logits.shape)]
+        if maps[0].shape[1:] != self.weights.shape[1:]:
+            sizes = [tuple(int(side) for side in shape[-2:]) for shape in (maps[0].shape, self.weights.shape)]
             msg = (
                 f"The weights of the fusion are for maps of {sizes[1]}, these images have maps of {sizes[0]}. Resize "
-                "the images to the size that the model was made for, or make it with weighting='content'."
+                "the images to the size that the model was made for."
             )
             raise ValueError(msg)
-        return _weighted_sum(self.logits.softmax(dim=0), maps)
+        weights = self.weights.softmax(dim=0) if self.softmax else self.weights
+        total = weights[0] * maps[0]
+        for weight, each in zip(weights[1:], maps[1:], strict=True):
+            total = total + weight * each
+        return total
 
     def _load_from_state_dict(self, state_dict: Mapping[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Take over the size of the images that a checkpoint is for."""
-        given = state_dict.get(f"{prefix}logits")
-        if given is not None and given.shape[:2] == self.logits.shape[:2]:
-            self.logits.data = torch.zeros_like(given, device=self.logits.device)
+        given = state_dict.get(f"{prefix}weights")
+        if given is not None and given.shape[:2] == self.weights.shape[:2]:
+            self.weights.data = torch.zeros_like(given, device=self.weights.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class ContentWeightedSum(nn.Module):
-    """Weighted sum of maps with weights for each place that 1 x 1 convolutions compute from them.
-
-    Args:
-        inputs: Number of maps.
-        channels: Number of channels of each map.
-    """
-
-    def __init__(self, inputs: int, channels: int) -> None:
-        super().__init__()
-        self.compress = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels, COMPRESSED, 1, bias=False), nn.BatchNorm2d(COMPRESSED), nn.ReLU())
-            for _ in range(inputs)
-        )
-        self.weigh = nn.Conv2d(COMPRESSED * inputs, inputs, 1)
-
-    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Sum maps of shape ``(B, C, h, w)``."""
-        compressed = [compress(each) for compress, each in zip(self.compress, maps, strict=True)]
-        weights = self.weigh(torch.cat(compressed, dim=1)).softmax(dim=1)
-        return _weighted_sum(weights.unsqueeze(2).unbind(dim=1), maps)
-
-
-def _weighted_sum(weights: Sequence[torch.Tensor] | torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    total = weights[0] * maps[0]
-    for weight, each in zip(weights[1:], maps[1:], strict=True):
-        total = total + weight * each
-    return total
