@@ -31,10 +31,9 @@ def estimate_batch_statistics(network: nn.Module, batches: Iterable[Batch]) -> N
     sums: dict[_BatchNorm, torch.Tensor] = {}
 
     def add(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        values = inputs[0].float()
-        variance, mean = torch.var_mean(values, [axis for axis in range(values.ndim) if axis != 1], correction=0)
-        variance, mean = variance.cpu().double(), mean.cpu().double()
-        new = values.numel() // len(mean) * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
+        values = inputs[0].float().flatten(2)
+        of_images = torch.stack([torch.ones_like(values).sum(2), values.sum(2), values.square().sum(2)])
+        new = of_images.cpu().double().sum(1)
         sums[layer] = sums[layer] + new if layer in sums else new
 
     learned = [
@@ -57,4 +56,4 @@ def estimate_batch_statistics(network: nn.Module, batches: Iterable[Batch]) -> N
     for layer, (count, total, squares) in sums.items():
         mean = total / count
         layer.running_mean.copy_(mean)
-        layer.running_var.copy_(squares / count - mean.square())
+        layer.running_var.copy_((squares / count - mean.square()).clamp(min=0))

@@ -19,9 +19,9 @@ SIZE = (64, 64)
 COMMON = {"backbone": "resnet18", "pre_trained": False, "visualizer": False}
 
 
-def rd_akf(weighting: str) -> RdAkf:
+def rd_akf() -> RdAkf:
     """Return a small RdAkf."""
-    return RdAkf(weighting=weighting, pre_processor=RdAkf.configure_pre_processor(SIZE), **COMMON)
+    return RdAkf(pre_processor=RdAkf.configure_pre_processor(SIZE), **COMMON)
 
 
 def het_net() -> HetNet:
@@ -47,7 +47,7 @@ def prepared(model: AnomalibModule) -> AnomalibModule:
     return model
 
 
-@pytest.mark.parametrize("make", [lambda: rd_akf("position"), pytest.param(het_net, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [rd_akf, pytest.param(het_net, marks=pytest.mark.slow)])
 def test_openvino(make: Make, make_engine: Make, assert_like_torch: Make, tmp_path: Path) -> None:
     """The folder says the same as torch, for one image and for several, and what it was made from."""
     model = prepared(make())
@@ -61,13 +61,13 @@ def test_openvino(make: Make, make_engine: Make, assert_like_torch: Make, tmp_pa
 @pytest.mark.slow
 def test_onnx(make_engine: Make, assert_like_torch: Make, tmp_path: Path) -> None:
     """So does Anomalib's own export; the OpenVINO model of the other test was converted from the same graph."""
-    model = prepared(rd_akf("content"))
+    model = prepared(rd_akf())
     path = make_engine().export(model, ExportType.ONNX, export_root=tmp_path, input_size=SIZE)
     images = torch.rand(3, 3, *SIZE)
     assert_like_torch(path, model, images, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("make", [lambda: rd_akf("position"), het_net])
+@pytest.mark.parametrize("make", [rd_akf, het_net])
 def test_torch(make: Make, make_engine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the file for Anomalib's inferencer."""
     model = prepared(make())
@@ -81,4 +81,4 @@ def test_torch(make: Make, make_engine: Make, tmp_path: Path, monkeypatch: pytes
 def test_another_file_name_is_refused(tmp_path: Path) -> None:
     """The edge PC finds the graph by its name."""
     with pytest.raises(ValueError, match="name its folder instead"):
-        rd_akf("content").to_openvino(tmp_path, "other")
+        rd_akf().to_openvino(tmp_path, "other")

@@ -41,6 +41,10 @@ SCRIPT = """
             if self.global_rank == 0:
                 print("loss", float(self.trainer.callback_metrics["train_loss"]), flush=True)
 
+        def on_fit_end(self):
+            moments = [buffer.mean() for name, buffer in self.model.student.named_buffers() if "running" in name]
+            print("statistics", float(sum(moments)), flush=True)
+
     if __name__ == "__main__":
         seed_everything(0)  # Anomalib's command takes a seed, but does not set it
         processes = int(sys.argv[1])
@@ -80,24 +84,28 @@ def test_the_command_with_the_config(products: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["anomalib", *args])
     main()
     (path,) = tmp_path.glob("results/**/model.ckpt")
-    assert torch.load(path, weights_only=True)["hyper_parameters"]["weighting"] == "position"
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["backbone"] == "resnet18"
 
 
 @pytest.mark.slow
 def test_two_processes_learn_like_one(tmp_path: Path) -> None:
-    """With the same global batch, the losses agree."""
+    """With the same global batch, the losses agree, and so do the statistics of batch normalisation at the end."""
     (tmp_path / "script.py").write_text(dedent(SCRIPT), encoding="utf-8")
     (tmp_path / "good").mkdir()
     # The statistics of batch normalisation are those of a process, so all images are the same here.
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for number in range(8):
         Image.fromarray(pixels).save(tmp_path / "good" / f"{number}.png")
-    losses = []
+    losses, ends = [], []
     for processes in ("1", "2"):
         command = [sys.executable, "script.py", processes]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         losses.append([float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("loss ")])
+        ends.append([float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("statistics ")])
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[0][2] < losses[0][0]
+    assert [len(values) for values in ends] == [1, 2]
+    assert ends[1][0] == ends[1][1]
+    assert ends[1][0] == pytest.approx(ends[0][0], rel=1e-3)

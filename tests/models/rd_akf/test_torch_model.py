@@ -8,7 +8,7 @@ from anomalib.models.image.reverse_distillation.torch_model import ReverseDistil
 from torch import nn
 
 from anomalib_ext.models.components.reverse_distillation import MultiScaleFusion, Student
-from anomalib_ext.models.rd_akf.torch_model import AsymptoticFusion, ContentWeightedSum, RdAkfModel
+from anomalib_ext.models.rd_akf.torch_model import AsymptoticFusion, RdAkfModel
 
 CHANNELS = (4, 6, 8)
 
@@ -18,38 +18,37 @@ def levels(side: int = 64, batch: int = 2) -> list[torch.Tensor]:
     return [torch.randn(batch, c, side // s, side // s) for c, s in zip(CHANNELS, (4, 8, 16), strict=True)]
 
 
-def test_position_weights_against_a_reference() -> None:
-    """Two steps of the note, with the softmax written out."""
-    fusion = AsymptoticFusion(CHANNELS, (64, 96), "position").eval()
+def test_the_fusion_against_a_reference() -> None:
+    """Two steps of the note, each of neighbors, with a free weight for each value of a map."""
+    fusion = AsymptoticFusion(CHANNELS, (64, 96)).eval()
     for part in (fusion.sum_2, fusion.sum_3):
-        nn.init.normal_(part.logits)
+        nn.init.normal_(part.weights)
     f1, f2, f3 = (torch.randn(2, c, 64 // s, 96 // s) for c, s in zip(CHANNELS, (4, 8, 16), strict=True))
-    e2, e3 = fusion.sum_2.logits.exp(), fusion.sum_3.logits.exp()
-    middle = (e2[0] * fusion.resize_12(f1) + e2[1] * f2) / (e2[0] + e2[1])
-    expected = (e3[0] * fusion.resize_13(f1) + e3[1] * fusion.resize_23(middle) + e3[2] * f3) / (e3[0] + e3[1] + e3[2])
-    assert expected.shape == (2, 8, 4, 6)
-    assert fusion.sum_2.logits.shape == (2, 6, 8, 12)
+    w2, w3 = fusion.sum_2.weights, fusion.sum_3.weights
+    assert (w2.shape, w3.shape) == ((2, 6, 8, 12), (2, 8, 4, 6))
+    expected = w3[0] * fusion.resize_23(w2[0] * fusion.resize_12(f1) + w2[1] * f2) + w3[1] * f3
     torch.testing.assert_close(fusion([f1, f2, f3]), expected)
 
 
-def test_position_weights_start_equal() -> None:
-    """The first fusion is a plain mean."""
-    fusion = AsymptoticFusion(CHANNELS, (64, 64), "position").eval()
+def test_only_neighbors_are_fused() -> None:
+    """What the second level does not take from the first one never reaches the third."""
+    fusion = AsymptoticFusion(CHANNELS, (64, 64)).eval()
+    first, *others = levels()
+    assert not torch.allclose(fusion([first, *others]), fusion([-first, *others]))
+    nn.init.zeros_(fusion.sum_2.weights[0])
+    assert torch.equal(fusion([first, *others]), fusion([-first, *others]))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_a_fusion_starts_as_a_mean(softmax: bool) -> None:
+    """With the path of a former version, and with its softmax, which keeps a sum convex whatever is learned."""
+    fusion = AsymptoticFusion(CHANNELS, (64, 64), skip=True, softmax=softmax).eval()
     f1, f2, f3 = levels()
     middle = (fusion.resize_12(f1) + f2) / 2
     torch.testing.assert_close(fusion([f1, f2, f3]), (fusion.resize_13(f1) + fusion.resize_23(middle) + f3) / 3)
-
-
-def test_content_weights_against_a_reference() -> None:
-    """One weight for each place and input, from 1 x 1 convolutions; any size of images."""
-    part = ContentWeightedSum(2, 6).eval()
-    a, b = torch.randn(2, 6, 5, 7), torch.randn(2, 6, 5, 7)
-    squeezed = torch.cat([compress(x) for compress, x in zip(part.compress, (a, b), strict=True)], dim=1)
-    scores = torch.einsum("ic,bchw->bihw", part.weigh.weight[:, :, 0, 0], squeezed) + part.weigh.bias[:, None, None]
-    weight = torch.sigmoid(scores[:, 0] - scores[:, 1]).unsqueeze(1)
-    torch.testing.assert_close(part([a, b]), weight * a + (1 - weight) * b)
-    fusion = AsymptoticFusion(CHANNELS, None, "content")
-    assert [fusion(levels(side)).shape[-1] for side in (64, 96)] == [4, 6]
+    nn.init.normal_(fusion.sum_2.weights)
+    same = torch.rand(2, 6, 8, 8)
+    assert torch.allclose(fusion.sum_2([same, same]), same) == softmax
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet34.tv_in1k", "resnet50"])
@@ -95,8 +94,6 @@ def test_with_the_traditional_fusion_it_is_anomalibs_reverse_distillation() -> N
 
 def test_bad_options() -> None:
     """Each error says what to do."""
-    with pytest.raises(ValueError, match="weighting must be 'position' or 'content', got 'both'"):
-        RdAkfModel("resnet18", (64, 64), "both", pre_trained=False)
     with pytest.raises(ValueError, match="size of the images must be known"):
         RdAkfModel("resnet18", None, pre_trained=False)
     model = RdAkfModel("resnet18", (64, 64), pre_trained=False).eval()
@@ -107,6 +104,6 @@ def test_bad_options() -> None:
 def test_weights_that_are_not_finite() -> None:
     """The score would be NaN, which nobody would see as an anomaly."""
     model = RdAkfModel("resnet18", (64, 64), pre_trained=False).eval()
-    nn.init.constant_(model.fusion.sum_3.logits, torch.nan)
+    nn.init.constant_(model.fusion.sum_3.weights, torch.nan)
     with pytest.raises(ValueError, match=r"Images \[0\] .* not finite"):
         model(torch.rand(1, 3, 64, 64))
