@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of training by Anomalib's own command with the config, and in two processes."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,9 +42,10 @@ SCRIPT = """
             if self.global_rank == 0:
                 print("loss", float(self.trainer.callback_metrics["train_loss"]), flush=True)
 
-        def on_fit_end(self):
+        def on_train_end(self):
+            super().on_train_end()
             moments = [buffer.mean() for name, buffer in self.model.student.named_buffers() if "running" in name]
-            print("statistics", float(sum(moments)), flush=True)
+            print(f"statistics={float(sum(moments))};", flush=True)
 
     if __name__ == "__main__":
         seed_everything(0)  # Anomalib's command takes a seed, but does not set it
@@ -102,10 +104,10 @@ def test_two_processes_learn_like_one(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         losses.append([float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("loss ")])
-        ends.append([float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("statistics ")])
+        ends.append([float(value) for value in re.findall(r"statistics=([\d.]+);", done.stdout)])
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[0][2] < losses[0][0]
-    assert [len(values) for values in ends] == [1, 2]
+    assert [len(values) for values in ends] == [1, 2], done.stdout
     assert ends[1][0] == ends[1][1]
     assert ends[1][0] == pytest.approx(ends[0][0], rel=1e-3)
