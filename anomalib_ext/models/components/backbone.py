@@ -87,7 +87,13 @@ def load_backbone(
     else:
         _truncate(extractor.feature_extractor, extractor.idx)
     extractor.requires_grad_(requires_grad=False)
+    extractor.register_forward_pre_hook(_as_weights)
     return extractor
+
+
+def _as_weights(extractor: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """Images in the precision of the weights, which a trainer may change; Lightning does not convert such batches."""
+    return inputs[0].to(next(extractor.parameters()).dtype)
 
 
 def load_classifier(backbone: str, num_classes: int, backbone_weights: str | Path | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import ImageBatch
+from torch import nn
 
 from openvino_export.anomaly_map import map_matrix
 
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
 
 # Patches that are looked up at a time; with 64 and 1024 the search was slower.
 CHUNK_SIZE = 256
+
+
+class ExactBuffers(nn.Module):
+    """Keeps the numbers of its own buffers when a trainer converts the model to another precision."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ExactBuffers":
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
 
 def embed(

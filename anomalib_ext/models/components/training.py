@@ -168,7 +168,7 @@ class InspectionModule(LightningModule):
             msg = f"A bundle holds its graph in model.xml, not in {model_file_name}.xml; name its folder instead."
             raise ValueError(msg)
         return export_bundle(
-            cast("AnomalibModule", self.eval()),
+            cast("AnomalibModule", self.eval().float()),
             type(self).bundle_content,
             export_root,
             input_size=input_size,

@@ -7,13 +7,14 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 
+from anomalib_ext.models.components.patchcore import ExactBuffers
 from openvino_export.bundle.constants import threshold_tables
 from openvino_export.memory.memory_bank import MemoryBank
 
 from .torch_model import ContinualInferenceBatch
 
 
-class VariantPostProcessor(PostProcessor):
+class VariantPostProcessor(ExactBuffers, PostProcessor):
     """Anomalib's post-processor, with the threshold of each image's variant, and scores that mean the same for all.
 
     The thresholds follow from good images at a false-alarm rate, see ``openvino_export/memory/thresholds.py``; those

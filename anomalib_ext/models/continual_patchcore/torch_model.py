@@ -45,7 +45,7 @@ class ContinualInferenceBatch(NamedTuple):
     variant: torch.Tensor | None = None
 
 
-class ContinualPatchCoreModel(nn.Module):
+class ContinualPatchCoreModel(patchcore.ExactBuffers):
     """PatchCore's embedding and score over a memory bank of static size.
 
     Args:

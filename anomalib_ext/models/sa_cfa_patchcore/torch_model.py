@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.models.components import DynamicBufferMixin
-from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_ext.models.components import patchcore
@@ -65,7 +64,7 @@ def channel_groups(channels: int, groups: int, seed: int | None = None) -> torch
     return index
 
 
-class PatchEmbedding(nn.Module):
+class PatchEmbedding(patchcore.ExactBuffers):
     """Reduced patch embeddings: features of several layers with self-attention, their channels aggregated.
 
     Args:
@@ -144,7 +143,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed normalised images of shape ``(B, 3, H, W)`` as ``(B, D_r, h, w)``."""
-        *shallow, deepest = self.feature_extractor(images).values()
+        *shallow, deepest = (features.float() for features in self.feature_extractor(images).values())
         channels = round(self.out_dims[-1] * self.attention_ratio)
         maps = [F.avg_pool2d(features, 3, 1, 1) for features in shallow]
         maps.append(attend(deepest, channels) if channels else F.avg_pool2d(deepest, 3, 1, 1))
@@ -192,7 +191,7 @@ def _resized(features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return F.interpolate(features, size=like.shape[2:], mode="bilinear")
 
 
-class SaCfaPatchCoreModel(DynamicBufferMixin, nn.Module):
+class SaCfaPatchCoreModel(DynamicBufferMixin, patchcore.ExactBuffers):
     """PatchCore over :class:`PatchEmbedding`; takes the same arguments, and the following.
 
     With ``attention_ratio=0`` and ``reduction_ratio=1`` and the same memory bank it is Anomalib's ``PatchcoreModel``.
