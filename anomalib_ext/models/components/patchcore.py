@@ -7,10 +7,13 @@ is taken.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from anomalib.data import ImageBatch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from openvino_export.anomaly_map import map_matrix
@@ -21,6 +24,7 @@ from .training import InspectionModule
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
 
+T = TypeVar("T")
 # Patches that are looked up at a time; with 64 and 1024 the search was slower.
 CHUNK_SIZE = 256
 
@@ -186,8 +190,31 @@ class PatchCoreModule(InspectionModule):
         """One pass over the images on one device."""
         return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
 
+    def setup(self, stage: str) -> None:
+        """Prepare a fit; in several processes, all begin with the same weights."""
+        super().setup(stage)
+        strategy = self.trainer.strategy
+        if stage != TrainerFn.FITTING or not isinstance(strategy, DDPStrategy):
+            return
+
+        def share_weights() -> None:
+            """Stand in for DDP, which refuses a model that needs no gradients."""
+            del strategy.configure_ddp  # it is the class's again for what this trainer fits next
+            for tensor in (*self.parameters(), *self.buffers()):
+                torch.distributed.broadcast(tensor.data, src=0)
+
+        setattr(strategy, "configure_ddp", share_weights)  # noqa: B010  # or mypy sees a method replaced
+
+    def gathered(self, items: list[T]) -> list[T]:
+        """Those of all processes that train together, alike on each; every process must call it equally often."""
+        if self.trainer.world_size == 1:
+            return items
+        parts: list[list[T]] = [[] for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather_object(parts, items)
+        return list(chain.from_iterable(parts))
+
     def learn_batch(self, batch: ImageBatch) -> None:
-        """Learn a batch of normal images."""
+        """Learn a batch of normal images, and what :meth:`gathered` gives of other processes."""
         raise NotImplementedError
 
     def training_step(self, batch: ImageBatch, *args, **kwargs) -> torch.Tensor:

@@ -229,11 +229,14 @@ class ContinualPatchCore(BankEdits, PatchCoreModule, AnomalibModule):  # most ar
         assert self.model.update is not None
         update, variants = self.model.update, variants_of(self, batch)
         images = batch.image.detach().float().cpu().numpy()
-        new = [(i, value) for i, value in enumerate(map(image_hash, images)) if not update.knows(value, variants[i])]
-        if new:
-            embeddings = self.model.embed_arrays(images[[i for i, _ in new]])
-            for (i, value), embedding in zip(new, embeddings, strict=True):
-                update.add(embedding, variants[i], image_hash=value, map_size=images.shape[2:])
+        values = list(map(image_hash, images))
+        given = self.gathered(list(zip(values, variants, strict=True)))
+        new = {value for value, variant in given if not update.knows(value, variant)}
+        own = [i for i, value in enumerate(values) if value in new]
+        embeddings = self.model.embed_arrays(images[own]) if own else ()
+        learned = [(embedding, variants[i], values[i]) for i, embedding in zip(own, embeddings, strict=True)]
+        for embedding, variant, value in self.gathered(learned):
+            update.add(embedding, variant, image_hash=value, map_size=images.shape[2:])
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""
@@ -246,7 +249,7 @@ class ContinualPatchCore(BankEdits, PatchCoreModule, AnomalibModule):  # most ar
         """Bring the epoch's images into the bank and report."""
         report = self._commit()
         for name, value in memory_metrics(report, self.model.bank).items():
-            self.log(name, value, prog_bar=name in {"memory/vectors", "memory/radius_bound"})
+            self.log(name, value, prog_bar=name in {"memory/vectors", "memory/radius_bound"}, sync_dist=True)
 
     def _commit(self) -> Report:
         """Bring what was learned into the bank, with thresholds, and report it."""
@@ -274,6 +277,7 @@ class ContinualPatchCore(BankEdits, PatchCoreModule, AnomalibModule):  # most ar
 
     def on_validation_epoch_end(self) -> None:
         """Keep what sets the thresholds of the variants that were validated."""
+        self._validated.kept = dict(self.gathered(list(self._validated.kept.items())))
         for name, images in self._validated:
             self.model.validate(name, images)
         self._refresh()

@@ -16,10 +16,14 @@ Array = NDArray[np.float32]
 
 
 class ValidatedImages:
-    """Patches of each image that give its score, and whether it is anomalous, by variant."""
+    """What sets thresholds of images.
+
+    Attributes:
+        kept: Patches that give the score of an image, their factors, and whether it is anomalous; by variant and hash.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[str, list[tuple[Array, Array, bool]]] = defaultdict(list)
+        self.kept: dict[tuple[str, int], tuple[Array, Array, bool]] = {}
 
     def add(
         self,
@@ -41,14 +45,18 @@ class ValidatedImages:
         learned = set(bank.image_hashes.tolist())
         map_size = (images.shape[2], images.shape[3])
         for name, label, embedding, image in zip(variants, labels, embeddings, images, strict=True):
-            if name in bank.variants and image_hash(image) not in learned:
+            value = image_hash(image)
+            if name in bank.variants and value not in learned:
                 rows, columns, dimension = embedding.shape
                 sample = Sample(-1, embedding.reshape(-1, dimension), (rows, columns), map_size)
-                self._kept[name].append((*kept_patches(bank.variants[name], sample), bool(label)))
+                self.kept[name, value] = (*kept_patches(bank.variants[name], sample), bool(label))
 
     def __iter__(self) -> Iterator[tuple[str, Calibration]]:
         """Each variant with what was kept, as :meth:`Update.validate` takes it."""
-        for name, kept in self._kept.items():
+        by_variant = defaultdict(list)
+        for (name, _), image in self.kept.items():
+            by_variant[name].append(image)
+        for name, kept in by_variant.items():
             yield (
                 name,
                 Calibration(

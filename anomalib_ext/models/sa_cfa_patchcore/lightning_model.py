@@ -134,6 +134,8 @@ class SaCfaPatchCore(PatchCoreModule, AnomalibModule):
         """Collect the embeddings of a batch of normal images."""
         assert batch.image is not None
         self.model.collect(batch.image)
+        store = self.model.embedding_store
+        store += self.gathered([store.pop()])
 
     def on_validation_start(self) -> None:
         """Select from what the epoch has seen so far; Lightning validates before the epoch ends."""
