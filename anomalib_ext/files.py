@@ -1,13 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written all at once: after a kill, the old file or the new one is there, and whole."""
+"""Files that are written all at once, so that a kill leaves the old one or the new one whole; and names for them."""
 
 import csv
+import hashlib
 import io
 import os
+import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# Windows takes them for devices, whatever follows a dot.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
+_LONGEST_NAME = 100
+
+
+def safe_name(name: str) -> str:
+    """A name of a variant, as file systems and loggers take it, those of Windows and MLflow among them.
+
+    Latin letters, digits, spaces, `_`, `-` and `.` stay; any other character gives `_`. A name that is changed ends
+    with a checksum of what it was, so that two variants never share one.
+    """
+    is_device = name.partition(".")[0].strip().lower() in _DEVICES
+    is_plain = re.fullmatch(r"[A-Za-z0-9_-]([A-Za-z0-9_. -]*[A-Za-z0-9_-])?", name) and len(name) <= _LONGEST_NAME
+    if is_plain and not is_device:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name[: _LONGEST_NAME // 2])}-{digest[:8]}"
 
 
 @contextmanager

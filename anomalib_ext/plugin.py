@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["install"]
 
 _MODELS = "anomalib.models"  # both the module that gains the models and the entry-point group
+# What imports of Anomalib's models warn of, though no user of theirs can do anything about it.
+_HINTS = (
+    "Importing from timm.models.layers is deprecated",
+    "The anomalib.models.components.dinov2 package is deprecated",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
 _LOCK = threading.Lock()
 
 
@@ -53,17 +59,19 @@ class _Finder(MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if fullname != _MODELS:
+        # The command `anomalib` imports OpenVINO, which reports that, whatever is asked of it.
+        is_in_command = fullname == "openvino" and "anomalib.cli" in sys.modules
+        if fullname != _MODELS and not is_in_command:
             return None
         finders = sys.meta_path[sys.meta_path.index(self) + 1 :]  # those before have found nothing
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in finders)), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader) if fullname == _MODELS else _QuietLoader(spec.loader)
         return spec
 
 
 class _Loader(Loader):
-    """Executes ``anomalib.models`` by its own loader, then adds the models."""
+    """Executes ``anomalib.models`` by its own loader, without its hints, then adds the models."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -76,10 +84,27 @@ class _Loader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self._loader
+        self._give_back(module)
+        for hint in _HINTS:
+            warnings.filterwarnings("ignore", hint, append=True)  # what the user asks for counts first
         self._loader.exec_module(module)
         _add_all(_MODELS)
+
+    def _give_back(self, module: ModuleType) -> None:
+        """Leave the module as its own loader would."""
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self._loader
+
+
+class _QuietLoader(_Loader):
+    """Executes ``openvino`` by its own loader, without what it reports to Intel."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        from openvino_export.device import telemetry_hidden
+
+        self._give_back(module)
+        with telemetry_hidden():
+            self._loader.exec_module(module)
 
 
 class _ImportingSpec(ModuleSpec):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from anomalib_ext import __version__, plots
 from anomalib_ext.data.multi_category import MEAN
-from anomalib_ext.files import atomic_write
+from anomalib_ext.files import atomic_write, safe_name
 from anomalib_ext.metrics import task_matrix
 from anomalib_ext.stream import VARIANT_METRICS
 from openvino_export.memory.thresholds import SURE_IMAGES
@@ -103,7 +103,7 @@ def _matrices(logged: Logged, names: list[str]) -> dict[str, list[list[float]]]:
         entries = [
             (step - 1, column, value)
             for column, name in enumerate(columns)
-            for step, value in logged.get(f"{name}/{metric}", {}).items()
+            for step, value in logged.get(f"{safe_name(name)}/{metric}", {}).items()
         ]
         if entries:
             matrices[metric] = task_matrix(entries, len(names), len(columns)).tolist()
@@ -112,7 +112,7 @@ def _matrices(logged: Logged, names: list[str]) -> dict[str, list[list[float]]]:
 
 def _series(logged: Logged, names: list[str], pattern: str) -> Logged:
     """The values of each variant that has some."""
-    found = {name: logged.get(pattern.format(name), {}) for name in names}
+    found = {name: logged.get(pattern.format(safe_name(name)), {}) for name in names}
     return {name: values for name, values in found.items() if values}
 
 
@@ -161,8 +161,8 @@ def _variant(run: Path, name: str, rows: list[dict[str, str]], logged: Logged) -
         "false_positives": sum(row["pred_label"] == "1" for row in good),
         "false_negatives": sum(row["pred_label"] == "0" for row in anomalous),
         "decided": threshold is not None,
-        "distance": list(logged.get(f"memory/image_threshold/{name}", {0: math.nan}).values())[-1],
-        "rests_on": list(logged.get(f"memory/good_images/{name}", {0: math.nan}).values())[-1],
+        "distance": list(logged.get(f"memory/image_threshold/{safe_name(name)}", {0: math.nan}).values())[-1],
+        "rests_on": list(logged.get(f"memory/good_images/{safe_name(name)}", {0: math.nan}).values())[-1],
         "sure_images": SURE_IMAGES,
         "histogram": plots.to_data_uri(plots.histogram(good_scores, anomalous_scores, threshold)),
         "ranges": [

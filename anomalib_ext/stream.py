@@ -3,7 +3,6 @@
 
 import json
 import math
-import re
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from rich.table import Table
 
 from anomalib_ext.data import MultiCategory
 from anomalib_ext.data.multi_category import MEAN
-from anomalib_ext.files import atomic_write, write_table
+from anomalib_ext.files import atomic_write, safe_name, write_table
 from anomalib_ext.metrics import task_matrix
 from anomalib_ext.plots import heat_maps, to_array
 
@@ -90,16 +89,17 @@ def learn_stream(
             console.print(f"[bold]{step}/{len(names)} {name}[/bold]: {getattr(model, 'last_report', 'learned')}")
             pictures = {}
             for known in names[:step]:
+                safe = safe_name(known)
                 # Of the mistakes there are pictures after each step; of all images, those of the last are enough.
-                judged = JudgedImages(results_dir / "images" / known if step == len(names) else None)
+                judged = JudgedImages(results_dir / "images" / safe if step == len(names) else None)
                 tested = _test(model, data.datamodules[known], judged, results_dir)
                 row = {"step": step, "learned": name, "variant": known}
                 results.append({**row, **{key: tested.get(key, math.nan) for key in VARIANT_METRICS}})
-                judged.save_worst(results_dir, f"worst/{step}/{known}")
+                judged.save_worst(results_dir, f"worst/{step}/{safe}")
                 scores += [{**row, **image} for image in judged.rows]
-                pictures.update({f"{kind}/{known}": sheet for kind, sheet in judged.sheets().items()})
+                pictures.update({f"{kind}/{safe}": sheet for kind, sheet in judged.sheets().items()})
                 values = {key: value for key, value in values.items() if key not in tested}  # of the validation set
-                values.update({f"{known}/{key}": value for key, value in tested.items()})
+                values.update({f"{safe}/{key}": value for key, value in tested.items()})
             for key in VARIANT_METRICS:
                 # A variant may lack a metric, as that of pixels without masks.
                 measured = [row[key] for row in results if row["step"] == step and not math.isnan(row[key])]
@@ -247,9 +247,8 @@ def _matrix(rows: list[Row], names: list[str], metric: str) -> NDArray[np.float6
 
 def _log_picture(logger: Logger, name: str, picture: NDArray[np.uint8], step: int) -> None:
     if isinstance(logger, MLFlowLogger):
-        # Anomalib's own method would replace the picture of the step before. Other characters MLflow refuses.
-        key = re.sub(r"[^a-zA-Z0-9_/. -]", "", name)
-        logger.experiment.log_image(logger.run_id, picture, key=key, step=step)
+        # Anomalib's own method would replace the picture of the step before.
+        logger.experiment.log_image(logger.run_id, picture, key=name, step=step)
     elif isinstance(logger, ImageLoggerBase):
         logger.add_image(picture, name, global_step=step)
 

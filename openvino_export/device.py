@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     import openvino as ov
 
 
@@ -24,15 +27,26 @@ def core() -> ov.Core:
 _FIRST = threading.Lock()
 
 
-def import_openvino() -> None:
-    """Import OpenVINO without the package by which it looks up a host of analytics and writes to the home folder."""
-    if "openvino" in sys.modules or "openvino_telemetry" in sys.modules:  # it is too late, or its user wants it
-        return
+@contextmanager
+def telemetry_hidden() -> Generator[None]:
+    """Have OpenVINO or NNCF, if imported within, do so without what looks up a host of analytics and writes to home."""
+    known = sys.modules.get("openvino_telemetry")
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as if it were not installed
     try:
-        import openvino  # noqa: F401
+        yield
     finally:
-        del sys.modules["openvino_telemetry"]
+        if known is None:
+            del sys.modules["openvino_telemetry"]
+        else:
+            sys.modules["openvino_telemetry"] = known
+
+
+def import_openvino() -> None:
+    """Import OpenVINO without its telemetry."""
+    if "openvino" in sys.modules or "openvino_telemetry" in sys.modules:  # it is too late, or its user wants it
+        return
+    with telemetry_hidden():
+        import openvino  # noqa: F401
 
 
 @cache

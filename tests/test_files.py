@@ -2,11 +2,14 @@
 """Tests of files that are written all at once; a kill in between is tested with checkpoints."""
 
 import csv
-from pathlib import Path
+import re
+from pathlib import Path, PureWindowsPath
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from anomalib_ext.files import atomic_write, write_table
+from anomalib_ext.files import atomic_write, safe_name, write_table
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -42,3 +45,54 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\r\n") == 3
     with path.open(encoding="utf-8", newline="") as file:
         assert list(csv.DictReader(file)) == [{key: str(value) for key, value in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize("name", ["lid", "lid 2", "PCB1", "a-b_c.d", "mean", "console", "_x"])
+def test_plain_names_stay(name: str) -> None:
+    """They are read more easily."""
+    assert safe_name(name) == name
+
+
+ODD = [
+    "部品",
+    "部品2",
+    "föhn",
+    "fhn",
+    "a/b",
+    "a:b",
+    "a\\b",
+    "..",
+    ".",
+    "",
+    " ",
+    "a.",
+    "a ",
+    " a",
+    ".a",
+    "%",
+    "con",
+    "AUX.x",
+]
+ODD += ["nul .png", "COM1", "\ud800", "x" * 300, "x" * 301, "a\nb", "a\n"]
+
+
+def check_safe(name: str) -> None:
+    """Check a name against the rules of MLflow and Windows."""
+    safe = safe_name(name)
+    assert re.fullmatch(r"[A-Za-z0-9_. -]{1,100}", safe)  # Lightning's logger of MLflow drops all else
+    assert safe.strip(" .") == safe
+    assert not PureWindowsPath(safe).is_reserved()
+
+
+def test_odd_names() -> None:
+    """They become names that all take, and no two of them the same."""
+    for name in ODD:
+        check_safe(name)
+    assert len({safe_name(name).lower() for name in ODD}) == len(ODD)
+
+
+@given(st.text(), st.text())
+def test_any_names(first: str, second: str) -> None:
+    """The same for whatever there is."""
+    check_safe(first)
+    assert (safe_name(first) == safe_name(second)) == (first == second)

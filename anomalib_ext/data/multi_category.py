@@ -22,6 +22,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.console import Console
 from rich.table import Table
 
+from anomalib_ext.files import safe_name
+
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
@@ -280,7 +282,7 @@ class CategoryMetrics(Callback):
             mean = torch.stack(list(by_category.values())).mean()
             for name in (*self._metrics, MEAN):
                 value = mean if name == MEAN else by_category.get(name, torch.tensor(torch.nan))
-                pl_module.log(f"{name}/{metric_name}", value.to(pl_module.device), sync_dist=True)
+                pl_module.log(f"{safe_name(name)}/{metric_name}", value.to(pl_module.device), sync_dist=True)
 
     def _warn(self, name: str, normal: int, anomalous: int) -> None:
         if name not in self._warned:
@@ -298,7 +300,10 @@ class CategoryMetrics(Callback):
             return
         names = [metric.name for metric in next(iter(self._metrics.values()))]
         table = Table("category", *names)
-        for category, prefix in [*((name, f"{name}/") for name in (*self._metrics, MEAN)), ("all images", "")]:
+        for category, prefix in [
+            *((name, f"{safe_name(name)}/") for name in (*self._metrics, MEAN)),
+            ("all images", ""),
+        ]:
             values = [trainer.callback_metrics.get(prefix + name) for name in names]
             table.add_row(category, *("" if value is None else f"{float(value):.3f}" for value in values))
         Console().print(table)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torchmetrics.functional.classification import binary_auroc, binary_f1_score
 from torchvision.transforms.v2.functional import resize
 
-from openvino_export.device import core
+from openvino_export.device import core, telemetry_hidden
 
 from .contract import PRECISION_HINT
 
@@ -38,7 +38,8 @@ def compress_graph(graph: "ov.Model", compression: CompressionType, images: list
     """
     if compression is CompressionType.FP16:
         return _to_half_precision(graph)
-    import nncf
+    with telemetry_hidden():
+        import nncf
 
     if compression is CompressionType.INT8:
         return nncf.compress_weights(graph.clone(), mode=nncf.CompressWeightsMode.INT8_SYM)

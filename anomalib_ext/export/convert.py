@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model in torch to graphs of OpenVINO and their files, by way of ONNX."""
 
+import logging
 import threading
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     import openvino as ov
 
 _SILENCED = threading.RLock()
+# Torch's exporter has them tell of each of their passes, hundreds of lines for a model.
+_CHATTY = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
 
 
 @contextmanager
 def without_telemetry() -> Generator[None]:
-    """Keep OpenVINO's converter and NNCF from reporting to Intel, which both do unasked.
+    """Keep OpenVINO's converter and NNCF from reporting to Intel, which both do unasked, and torch's exporter quiet.
 
     For each report they also fork this process, with all that it has in memory. Their own switches, a file in the
     user's home and the variable `CI` of the whole process, are not ours to set. One thread at a time is within: of two
@@ -35,12 +38,16 @@ def without_telemetry() -> Generator[None]:
     from openvino_telemetry.utils.sender import TelemetrySender
 
     with _SILENCED:
-        send = TelemetrySender.send
+        send, levels = TelemetrySender.send, [each.level for each in _CHATTY]
         TelemetrySender.send = lambda *_: None
+        for each in _CHATTY:
+            each.setLevel(logging.WARNING)
         try:
             yield
         finally:
             TelemetrySender.send = send
+            for each, level in zip(_CHATTY, levels, strict=True):
+                each.setLevel(level)
 
 
 def convert_content(

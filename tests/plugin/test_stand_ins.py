@@ -232,3 +232,24 @@ def test_broken_plugins(stand_ins: Site, first: str) -> None:
         (line,) = (line for line in lines if f"distribution '{distribution}'" in line)
         assert reason in line
         assert f"uninstall '{distribution}'" in line
+
+
+OPENVINO = """
+    try:
+        import openvino_telemetry
+        reports = True
+    except ImportError:
+        reports = False
+"""
+
+
+def test_the_command_does_not_report_its_use(stand_ins: Site) -> None:
+    """Anomalib's command imports OpenVINO without its telemetry; other programs import both as they are."""
+    stand_ins.write({
+        "openvino/__init__.py": OPENVINO,
+        "openvino_telemetry.py": "",
+        "anomalib/cli/__init__.py": "import anomalib.models, openvino",
+    })
+    code = "import anomalib.cli, openvino, openvino_telemetry; assert not openvino.reports; assert openvino.__loader__"
+    stand_ins.run("-W", "error", "-c", code)
+    stand_ins.run("-W", "error", "-c", "import anomalib.models, openvino; assert openvino.reports")

@@ -21,6 +21,7 @@ from PIL import Image
 
 from anomalib_ext import stream
 from anomalib_ext.data import MultiCategory
+from anomalib_ext.files import safe_name
 from anomalib_ext.report import report
 from anomalib_ext.stream import WORST, JudgedImages, learn_stream
 from openvino_export.memory.thresholds import thresholds
@@ -49,7 +50,7 @@ def test_stream_learns_evaluates_and_draws(finished: Any) -> None:  # noqa: ANN4
     assert [(row["step"], row["variant"]) for row in rows] == [("1", first), ("2", first), ("2", second)]
     assert all(float(row["image_AUROC"]) > 0.6 for row in rows)
     for variant in finished.names:
-        assert len(list((finished.folder / "images" / variant).rglob("*.png"))) == 12
+        assert len(list((finished.folder / "images" / safe_name(variant)).rglob("*.png"))) == 12
     assert list(last_model(finished).model.bank.variants) == [first, second]
 
 
@@ -76,13 +77,13 @@ def test_tables_agree_with_the_model_and_with_each_other(finished: Any) -> None:
     assert last["memory/vectors"] == len(bank) == 400
     assert last["memory/radius_bound"] == pytest.approx(bank.radius_bound())
     for name, variant in bank.variants.items():
-        assert last[f"memory/share/{name}"] == pytest.approx(len(variant.radii) / 400)
-        assert last[f"memory/image_threshold/{name}"] == pytest.approx(thresholds(bank, name).image.value)
-        assert last[f"memory/pixel_threshold/{name}"] == pytest.approx(thresholds(bank, name).pixel.value)
-        assert last[f"{name}/image_AUROC"] == next(
+        assert last[f"memory/share/{safe_name(name)}"] == pytest.approx(len(variant.radii) / 400)
+        assert last[f"memory/image_threshold/{safe_name(name)}"] == pytest.approx(thresholds(bank, name).image.value)
+        assert last[f"memory/pixel_threshold/{safe_name(name)}"] == pytest.approx(thresholds(bank, name).pixel.value)
+        assert last[f"{safe_name(name)}/image_AUROC"] == next(
             float(row["image_AUROC"]) for row in results if (row["step"], row["variant"]) == ("2", name)
         )
-    first, second = finished.names
+    first, second = map(safe_name, finished.names)
     assert last["mean/image_AUROC"] == pytest.approx((last[f"{first}/image_AUROC"] + last[f"{second}/image_AUROC"]) / 2)
     assert last["update_seconds"] > last["memory/seconds"] > 0
 

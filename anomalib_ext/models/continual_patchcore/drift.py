@@ -8,6 +8,7 @@ import numpy as np
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from anomalib_ext.files import safe_name
 from openvino_export.decision import Prediction
 from openvino_export.drift import PARTS_UNTIL_FALSE_WARNING, DriftMonitor
 from openvino_export.memory.thresholds import thresholds
@@ -74,9 +75,12 @@ class DriftCallback(Callback):
         del pl_module
         if self._monitor is None or self._bank is None:
             return
-        evidence = {name: self._monitor.evidence(name) / PARTS_UNTIL_FALSE_WARNING for name in self._bank.variants}
+        evidence = {
+            f"drift/{safe_name(name)}": self._monitor.evidence(name) / PARTS_UNTIL_FALSE_WARNING
+            for name in self._bank.variants
+        }
         for each in trainer.loggers:
-            each.log_metrics({f"drift/{name}": value for name, value in evidence.items()}, step=trainer.global_step)
+            each.log_metrics(evidence, step=trainer.global_step)
         self._monitor = None
 
     on_predict_end = on_test_end

@@ -105,6 +105,19 @@ def add_images(
             take_in(update, name, prepared[0], embed, variant, value, bank=model.bank, limits=limits)
 
 
+def add_batch(update: Update, model: "ContinualPatchCore", batch: Batch) -> None:
+    """Add a trainer's batch of normal images to an update, and those that its other processes have at the time."""
+    images = cast("torch.Tensor", batch.image).detach().float().cpu().numpy()
+    variants, values = variants_of(model, batch), list(map(image_hash, images))
+    given = model.gathered(list(zip(values, variants, strict=True)))
+    new = {value for value, variant in given if not update.knows(value, variant)}
+    own = [i for i, value in enumerate(values) if value in new]
+    embeddings = model.model.embed_arrays(images[own]) if own else ()
+    learned = [(embedding, variants[i], values[i]) for i, embedding in zip(own, embeddings, strict=True)]
+    for embedding, variant, value in model.gathered(learned):
+        update.add(embedding, variant, image_hash=value, map_size=images.shape[2:])
+
+
 def variants_of(model: "ContinualPatchCore", batch: Batch) -> list[str | None]:
     """Name of the variant of each image of a batch of a trainer; None where it is to be found.
 

@@ -29,7 +29,6 @@ from anomalib_ext.models.components.backbone import backbone_pre_processor
 from anomalib_ext.models.components.checks import check_files
 from anomalib_ext.models.components.patchcore import PatchCoreModule
 from openvino_export.edits import BankEdits
-from openvino_export.images import image_hash
 from openvino_export.learning import Region
 from openvino_export.memory.memory_bank import MemoryBank
 from openvino_export.memory.names import checked_name
@@ -38,7 +37,7 @@ from openvino_export.memory.thresholds import image_thresholds
 
 from .drift import DriftCallback
 from .graph import bundle_content
-from .learning import add_images, named_images, variants_of
+from .learning import add_batch, add_images, named_images, variants_of
 from .metrics import memory_metrics
 from .post_processor import VariantPostProcessor
 from .torch_model import ContinualInferenceBatch, ContinualPatchCoreModel
@@ -225,18 +224,8 @@ class ContinualPatchCore(BankEdits, PatchCoreModule, AnomalibModule):  # most ar
 
     def learn_batch(self, batch: ImageBatch) -> None:
         """Learn a batch of normal images."""
-        assert batch.image is not None
         assert self.model.update is not None
-        update, variants = self.model.update, variants_of(self, batch)
-        images = batch.image.detach().float().cpu().numpy()
-        values = list(map(image_hash, images))
-        given = self.gathered(list(zip(values, variants, strict=True)))
-        new = {value for value, variant in given if not update.knows(value, variant)}
-        own = [i for i, value in enumerate(values) if value in new]
-        embeddings = self.model.embed_arrays(images[own]) if own else ()
-        learned = [(embedding, variants[i], values[i]) for i, embedding in zip(own, embeddings, strict=True)]
-        for embedding, variant, value in self.gathered(learned):
-            update.add(embedding, variant, image_hash=value, map_size=images.shape[2:])
+        add_batch(self.model.update, self, batch)
 
     def on_validation_start(self) -> None:
         """Validate what the epoch has learned so far; Lightning validates before the epoch ends."""

@@ -2,6 +2,7 @@
 """Tests of Anomalib's own command with the model: by its console script, and by its main where that finds the same."""
 
 import csv
+import os
 import subprocess
 import sys
 import sysconfig
@@ -39,6 +40,8 @@ def folder(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "image_AUROC" in done.stdout
     assert "Testing what was learned on top of" in done.stdout + done.stderr
+    assert "swigfaiss" not in done.stdout + done.stderr
+    assert "deprecated" not in done.stdout + done.stderr
     (folder / "results/ContinualPatchCore/MVTecAD/dots/v0/weights/lightning/model.ckpt").rename(folder / "2.ckpt")
     return folder
 
@@ -127,3 +130,35 @@ def test_export(command: Callable[..., None], folder: Path) -> None:
     command("export", *MODEL[:-2], "--export_type", "torch", "--ckpt_path", "1.ckpt", "--export_root", "exported")
     model = torch.load(folder / "exported/weights/torch/model.pt", weights_only=False)["model"]
     assert list(model.model.bank.variants) == ["stripes"]
+
+
+# The command, with all that it asks of the network, and each copy of this process, on its last line.
+WATCHED = """
+import sys
+seen = []
+events = {"socket.connect", "socket.getaddrinfo", "os.fork", "os.forkpty"}
+sys.addaudithook(lambda event, args: seen.append((event, args)) if event in events else None)
+from anomalib.cli.cli import main
+main()
+print(seen)
+"""
+
+
+@pytest.mark.slow
+def test_export_is_quiet(folder: Path, tmp_path: Path) -> None:
+    """Neither OpenVINO nor NNCF looks up a host, forks or leaves a file in home, and there is little to read."""
+    home = {**os.environ, "HOME": str(tmp_path), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    for name in ("CI", "NNCF_CI", "PYTEST_CURRENT_TEST"):
+        home.pop(name, None)
+    words = ["export", *MODEL, "--export_type", "openvino", "--compression_type", "INT8", "--input_size", "[64,64]"]
+    words += ["--ckpt_path", "1.ckpt", "--export_root", str(tmp_path / "e")]
+    command = [sys.executable, "-c", WATCHED, *words]
+    done = subprocess.run(command, cwd=folder, env=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "e/weights/openvino/model.xml").is_file()
+    assert not (tmp_path / "intel").exists()
+    printed = done.stdout + done.stderr
+    assert "deprecated" not in printed
+    assert "onnx" not in printed
+    assert len(printed.splitlines()) < 60, printed  # most are Anomalib's own, each twice
