@@ -325,6 +325,11 @@ def test_messages() -> None:
         if "the system's" in whose:
             assert message == os.strerror(28)
             continue
+        if "Lightning's" in whose:
+            lightning = find_spec("lightning.pytorch.cli")
+            assert lightning
+            assert message in Path(lightning.origin or "").read_text(encoding="utf-8")
+            continue
         pattern = re.compile(".*".join(re.escape(part) for part in message.split("…")), re.DOTALL)
         assert any(pattern.search(source) for source in sources), message
 
