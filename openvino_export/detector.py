@@ -17,7 +17,7 @@ from .bundle.folder import BANK, Bundle, BundleError
 from .decision import Decider, Prediction
 from .drift import DriftMonitor
 from .edits import BankEdits
-from .images import image_hash, load, resize
+from .images import image_hash, load_resized
 from .info import about
 from .learning import regions_of, show_defect, take_in
 from .memory import state
@@ -153,7 +153,7 @@ class EdgeDetector(BankEdits):
 
     def _predict(self, images: Source) -> Prediction:
         source = _source(images)
-        outputs = self._network(resize(load(images), self.input_size))
+        outputs = self._network(load_resized(images, self.input_size)[0])
         if self._decider is not None:
             return self._decider.decide(outputs["embedding"], self.input_size, source)
         label, mask = outputs.get("pred_label"), outputs.get("pred_mask")
@@ -218,10 +218,8 @@ class EdgeDetector(BankEdits):
             limits = None if force else image_thresholds(known.bank)
             for number, (item, region) in enumerate(zip(items, places, strict=True), 1):
                 name = _source(item) or f"image {number}"
-                loaded = load(item, name)
-                image = resize(loaded, self.input_size)
+                image, size = load_resized(item, self.input_size, name)
                 if defective:
-                    size = (loaded.shape[1], loaded.shape[2])
                     embedding = self._embed(image)
                     show_defect(update, name, embedding, variant, region, image_size=size, map_size=self.input_size)
                 else:

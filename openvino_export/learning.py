@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decision import check_finite
-from .images import load
+from .images import load_picture, resize_rows
 from .memory.guard import hold_back
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ def region_of_patches(region: Region, image: tuple[int, int], grid: tuple[int, i
     from PIL import Image
 
     if isinstance(region, (str, Path)):
-        values = load(region).max(axis=0)
+        values = np.asarray(load_picture(Path(region)))
+        values = values.max(axis=2) if values.ndim == 3 else values
     elif np.ndim(region) == 1:
         values = _inside(region, image, name)
     else:
@@ -143,18 +144,21 @@ def region_of_patches(region: Region, image: tuple[int, int], grid: tuple[int, i
     if not mask.any():
         msg = f"The mask or box of {name} marks nothing of it; it has {image[1]} x {image[0]} pixels."
         raise ValueError(msg)
-    shares = Image.fromarray(mask.astype(np.float32)).resize(grid[::-1], Image.Resampling.BOX)
-    return np.asarray(shares)
+
+    def rows(first: int, last: int) -> Array:
+        return mask[None, first:last].astype(np.float32)
+
+    return resize_rows(rows, (1, *image), grid, Image.Resampling.BOX)[0]
 
 
-def _inside(box: Any, image: tuple[int, int], name: str) -> Array:  # noqa: ANN401  # as it comes from users
+def _inside(box: Any, image: tuple[int, int], name: str) -> NDArray[np.bool_]:  # noqa: ANN401  # as it comes from users
     """Mask of a box."""
     if len(box) != 4 or not all(_is_number(side) and np.isfinite(side) for side in box):
         msg = f"The box of {name} is {box}, not left, top, right and bottom in pixels, such as (20, 30, 60, 50)."
         raise ValueError(msg)
     left, top, right, bottom = (max(0, round(float(side))) for side in box)
-    mask = np.zeros(image, np.float32)
-    mask[top:bottom, left:right] = 1
+    mask = np.zeros(image, bool)
+    mask[top:bottom, left:right] = True
     return mask
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from openvino_export.cli.output import ANOMALOUS, GOOD, print_line, progress
 from openvino_export.cli.sources import image_paths
 from openvino_export.device import core
-from openvino_export.images import load, resize
+from openvino_export.images import load_resized
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,7 +59,7 @@ def compare(detector: EdgeDetector, source: Path, reference: Reference, toleranc
     with progress("compared", len(paths)) as show:
         for number, path in enumerate(paths, 1):
             result = detector.predict(path)
-            other = reference(resize(load(path), detector.input_size)[None])
+            other = reference(load_resized(path, detector.input_size)[0][None])
             for name, value in worst.items():
                 difference = np.abs(np.asarray(other[name]).squeeze() - np.asarray(getattr(result, name)))
                 worst[name] = max(value, float(difference.max()))

@@ -52,7 +52,9 @@ def prediction_line(result: Prediction, name: str, output: str | None) -> dict[s
     if result.is_sure is not None:
         line["is_sure"] = result.is_sure
     if output is not None:
-        line["overlay"] = str(Path(output) / (name if name.endswith(".png") else f"{name}.png"))
+        from openvino_export.cli.overlay import heat_map_name
+
+        line["overlay"] = str(Path(output) / heat_map_name(name))
     return line
 
 

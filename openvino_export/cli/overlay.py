@@ -3,19 +3,30 @@
 
 from __future__ import annotations
 
+import math
+import re
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from openvino_export.images import FORMATS
+from openvino_export.images import SUFFIXES, folders_in, load_picture
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from openvino_export.detector import Prediction
+
+
+# Pixels of the largest heat map.
+LARGEST_HEAT_MAP = 1 << 19
+# Of the name of a file, in bytes.
+LONGEST_NAME = 255
+_HASHED = re.compile(r"-[0-9a-f]{16}\.png$")
 
 
 def refuse_output_among_images(output: str | None, source: str) -> None:
@@ -31,21 +42,45 @@ def refuse_output_among_images(output: str | None, source: str) -> None:
     if output is None:
         return
     folder, images = Path(output).resolve(), Path(source).resolve()
-    if folder.is_relative_to(images) or folder / images.name == images:
+    if folder / images.name == images or any(folder.is_relative_to(one) for one in [str(images), *folders_in(images)]):
         msg = f"Heat maps in {output} would mix with the images of {source}; choose an output folder outside of it."
         raise ValueError(msg)
 
 
+def heat_map_name(name: str) -> str:
+    """Path of the heat map of an image, below the folder for them: another one for every image, on any file system.
+
+    It is `part.png` for `part.png` and `part.jpg.png` for `part.jpg`. A hash is added where another image could meet it
+    there: to capitals and other letters that some file systems take for the same, to the name `part.jpg.png`, and to
+    one that is too long.
+
+    Args:
+        name: Path of the image relative to its source, or the name of a frame.
+    """
+    plain = name if name.endswith(".png") else f"{name}.png"
+    # What is equal for a file system that looks neither at case nor at how accents are put together.
+    folded = normalize("NFC", normalize("NFC", plain.encode(errors="ignore").decode()).casefold())
+    is_of_other = name == plain and Path(name).with_suffix("").suffix in SUFFIXES
+    last = Path(plain).name
+    if plain == folded and not is_of_other and len(last.encode()) <= LONGEST_NAME and not _HASHED.search(last):
+        return plain
+    ending = f"-{blake2b(name.encode(errors='surrogatepass'), digest_size=8).hexdigest()}.png"
+    start = Path(name).name.removesuffix(".png").encode(errors="ignore")[: LONGEST_NAME - len(ending)]
+    return str(Path(name).with_name(start.decode(errors="ignore") + ending))
+
+
 def write_overlay(result: Prediction, image: Path | NDArray[Any], target: Path) -> None:
     """Write an image with its anomaly map laid over it, and the borders of the mask in white.
+
+    Large images are reduced by a whole number: what the map shows is coarser anyway.
 
     Args:
         result: What was said about the image.
         image: Path or RGB pixels of 8 bits.
         target: File to write.
     """
-    picture = Image.open(image, formats=FORMATS) if isinstance(image, Path) else Image.fromarray(image)
-    picture = picture.convert("RGB")
+    picture = load_picture(image) if isinstance(image, Path) else Image.fromarray(image)
+    picture = picture.reduce(math.ceil(math.sqrt(picture.width * picture.height / LARGEST_HEAT_MAP))).convert("RGB")
     values = result.anomaly_map
     if result.pred_mask is None:  # without thresholds, in the range of the image
         values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
@@ -61,7 +96,7 @@ def write_overlay(result: Prediction, image: Path | NDArray[Any], target: Path) 
         outline = Image.fromarray(border.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
         picture.paste((255, 255, 255), (0, 0), outline)
     target.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(target)
+    picture.save(target, compress_level=1, compress_type=3)  # runs only: photographs hold no long repetitions
 
 
 @cache

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of images as models take them: what is read, what is refused and in which words, sizes and hashes."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,41 @@ def test_files_in_a_folder(tmp_path: Path) -> None:
     for name in [*names, "notes.txt", "b/.png", "b/._c.jpeg", ".trash/e.png"]:
         (tmp_path / name).touch()
     assert [path.relative_to(tmp_path).as_posix() for path in files_in(tmp_path)] == names
+
+
+def test_linked_folders(tmp_path: Path) -> None:
+    """Each is looked into once, by its own path where it has one, without going round; links to images are images."""
+    root, other = tmp_path / "root", tmp_path / "other"
+    (root / "b").mkdir(parents=True)
+    (other / "deep").mkdir(parents=True)
+    for path in (root / "b" / "1.png", other / "2.png", other / "deep" / "3.png"):
+        path.touch()
+    links = {"a": root / "b", "c": other, "d": other, "e": other / "deep", "b/up": root, "f": tmp_path, "g.png": other}
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    (root / "h.png").symlink_to(root / "b" / "1.png")
+    for name in ("i", "i.png"):
+        (root / name).symlink_to(name)  # to itself
+        (root / f"gone{name}").symlink_to(tmp_path / "gone")
+    found = [path.relative_to(root).as_posix() for path in files_in(root)]
+    assert found == ["b/1.png", "c/2.png", "c/deep/3.png", "h.png"]
+
+
+def test_folders_that_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is found."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    scandir = os.scandir
+
+    def vanishing(path: Any) -> Any:  # noqa: ANN401
+        if path == str(tmp_path / "a"):
+            shutil.rmtree(tmp_path / "b")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert [path.parent.name for path in files_in(tmp_path)] == ["a", "c"]
+    assert files_in(tmp_path / "gone") == []
 
 
 def test_the_formats_that_anomalib_reads() -> None:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from openvino_export import images
 from openvino_export.learning import region_of_patches, regions_of
 
 
-def test_boxes_and_masks(tmp_path: Path) -> None:
+def test_boxes_and_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an image of 40 x 60 pixels in patches of 10 x 10; a box may reach beyond the image."""
     expected = np.zeros((4, 6), np.float32)
     expected[1, 2:4] = 1, 0.5
@@ -21,6 +22,9 @@ def test_boxes_and_masks(tmp_path: Path) -> None:
     masks = (mask, mask[..., None], mask.astype(np.uint8), 255 * mask.astype(int), mask / 9)
     for region in (*boxes, *masks, tmp_path / "mask.png", str(tmp_path / "mask.png")):
         np.testing.assert_allclose(region_of_patches(region, (40, 60), (4, 6), "part"), expected, atol=1e-6)
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "BAND", 100)  # a row at a time
+            np.testing.assert_allclose(region_of_patches(region, (40, 60), (4, 6), "part"), expected, atol=1e-6)
     whole = region_of_patches((-5, -5, 99, 99), (40, 60), (4, 6), "part")
     np.testing.assert_allclose(whole, 1, rtol=1e-6)
 

@@ -2,6 +2,7 @@
 """Commands that judge images."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,27 @@ def test_predict_goes_on_after_a_broken_image(run: Run, bundle: Path, products: 
     assert sum("pred_label" in line for line in lines) == count
     code, _, errors = run("predict", bundle, broken)
     assert (code, str(broken) in errors) == (1, True)
+
+
+def test_predict_images_of_any_name(exported: Path, products: Path, tmp_path: Path) -> None:
+    """Lines say where images and heat maps are, in a process whose output knows ASCII alone."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    starts = ["a", "A", "with space", "two\nlines", "prüfung", "部品", "byte\udcff", "n" * 251]
+    names = {f"{start}.png" for start in starts} | {"a.jpg.png", "a.png.png", "m" * 251 + ".jpg"}
+    image = products / "stripes" / "test" / "good" / "000.png"
+    for name in names:
+        shutil.copy(image, folder / name)
+    Image.open(image).save(folder / "a.jpg")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    arguments = ["predict", exported, folder, "--output", tmp_path / "maps"]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, env=environment)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["source"] for line in lines} == {str(folder / name) for name in (*names, "a.jpg")}, done.stderr
+    assert {line["overlay"] for line in lines} == set(map(str, (tmp_path / "maps").iterdir()))
+    assert len({line["overlay"] for line in lines}) == len(lines) == len(names) + 1
+    code = subprocess.run([*COMMAND, "predict", exported, folder / "byte\udcff.png"], capture_output=True, check=False)
+    assert code.returncode == 0, code.stderr
 
 
 def test_no_decision_is_not_good(run: Run, without_bank: Path, products: Path, monkeypatch: pytest.MonkeyPatch) -> None:
