@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from anomalib.data import AnomalibDataModule
-from anomalib.data.utils import read_image
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -31,7 +30,8 @@ from torchvision.transforms.v2 import Compose, Normalize, RandomHorizontalFlip, 
 
 from anomalib_ext.files import atomic_write
 from anomalib_ext.models.components.backbone import backbone_normalization, describe_origin, load_classifier
-from anomalib_ext.models.components.checks import check_files, is_readable
+from anomalib_ext.models.components.checks import fault_of
+from openvino_export.images import load
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, number = self.samples[index]
-        return self.transform(read_image(path, as_tensor=True)), number
+        return self.transform(torch.from_numpy(load(path))), number
 
 
 def _from_folder(root: Path) -> list[tuple[Path, str]]:
@@ -259,12 +259,10 @@ def _checked_classes(samples: Sequence[tuple[Path, str]], data: object) -> list[
     if single:
         msg = f"The classes {single} {where} have one image each; one to learn and one to hold out are needed."
         raise ValueError(msg)
-    paths = [path for path, _ in samples]
-    unreadable = [str(path) for path in paths if not is_readable(path)]
-    if unreadable:
-        msg = f"{len(unreadable)} files cannot be read as images, repair or remove them: {', '.join(unreadable[:5])}"
+    faults = [fault for path, _ in samples if (fault := fault_of(path))]
+    if faults:
+        msg = f"{len(faults)} files cannot be learned, repair or remove them. {' '.join(faults[:5])}"
         raise ValueError(msg)
-    check_files(paths)
     return sorted(counts)
 
 

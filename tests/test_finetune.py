@@ -226,7 +226,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"output='weights.pth' cannot be it"):
         finetune(root, Path("weights.pth"), BACKBONE)
     (root / "a" / "torn.png").write_bytes((root / "a" / "0.png").read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"1 files cannot be read as images, .*torn\.png"):
+    with pytest.raises(ValueError, match=r"1 files cannot be learned, .*torn\.png cannot be read"):
         finetune(root, output, BACKBONE)
     (root / "a" / "torn.png").unlink()
     (root / "b" / "ground_truth").mkdir()

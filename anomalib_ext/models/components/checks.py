@@ -5,29 +5,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from openvino_export.images import check_file
+from openvino_export.images import check_file, load_picture
 
 
 def check_files(paths: Sequence[str | Path] | None) -> None:
     """Refuse image files that Anomalib would read as something else than what they show.
 
     Raises:
-        ValueError: If an image is too small, or of more than 8 bits.
+        ValueError: If an image is too small, too large, or of more than 8 bits.
     """
     for path in paths or ():
         check_file(path)
 
 
-def is_readable(path: str | Path) -> bool:
-    """Whether a file can be decoded as an image."""
+def fault_of(path: str | Path) -> str | None:
+    """What is wrong with an image file, if something is."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError):
-        return False
-    return True
+        load_picture(Path(path))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def check_images(images: torch.Tensor) -> None:

@@ -14,13 +14,15 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from PIL import Image
 from torch import nn
 from torchmetrics import Metric
 
 from anomalib_ext.export import BundleContent, export_bundle
 from anomalib_ext.files import atomic_write
+from openvino_export.images import largest_image
 
-from .checks import check_files, is_readable
+from .checks import check_files, fault_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +70,8 @@ class InspectionModule(LightningModule):
     # Steps
 
     def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's callbacks, and one that names unreadable images."""
-        return [*cast("list[Callback]", super().configure_callbacks()), UnreadableImages()]
+        """Anomalib's callbacks, and one for large images and those that cannot be read."""
+        return [*cast("list[Callback]", super().configure_callbacks()), ImageFiles()]
 
     def setup(self, stage: str) -> None:
         """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
@@ -180,22 +182,37 @@ class InspectionModule(LightningModule):
         )
 
 
-class UnreadableImages(Callback):
-    """Names the images that cannot be read, if those were why a trainer failed."""
+class ImageFiles(Callback):
+    """Lets Anomalib read as large images as an edge PC does, and names those that cannot be read."""
 
-    def on_exception(  # noqa: PLR6301  # Lightning's hook
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        exception: BaseException,
-    ) -> None:
-        """Name them."""
+    _limit: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raise Pillow's limit of pixels, which is one for the whole process, for this run."""
+        del trainer, pl_module, stage
+        self._limit = Image.MAX_IMAGE_PIXELS
+        if self._limit is not None:
+            Image.MAX_IMAGE_PIXELS = max(self._limit, largest_image())
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Set it back."""
+        del trainer, pl_module, stage
+        self._set_back()
+
+    def _set_back(self) -> None:
+        if self._limit is not None:
+            Image.MAX_IMAGE_PIXELS, self._limit = self._limit, None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Name the images, if they were why a trainer failed."""
         del pl_module
+        self._set_back()
         # Pillow's error for a truncated image does not say which one it is; those of the system have a number.
-        if isinstance(exception, SyntaxError) or (isinstance(exception, OSError) and exception.errno is None):
+        is_pillows = isinstance(exception, (SyntaxError, Image.DecompressionBombError))
+        if is_pillows or (isinstance(exception, OSError) and exception.errno is None):
             for path in _image_files(trainer):
-                if not is_readable(path):
-                    logger.error("%s cannot be read as an image; repair or remove it.", path)
+                if fault := fault_of(path):
+                    logger.error("%s Repair or remove it.", fault)
 
 
 def _image_files(trainer: Trainer) -> list[str]:

@@ -185,8 +185,8 @@ def write_bad_files(folder: Path) -> dict[str, str]:
     Image.new("RGB", (1, 1)).save(folder / "pixel.png")
     Image.fromarray(np.full((64, 64), 40_000, np.uint16)).save(folder / "deep.png")
     return {
-        "text.png": "text.png cannot be read as an image: cannot identify",
-        "empty.png": "empty.png cannot be read as an image: cannot identify",
+        "text.png": "text.png cannot be read as an image: it is none of",
+        "empty.png": "empty.png cannot be read as an image: it is none of",
         "cut.png": "cut.png cannot be read as an image",
         "pixel.png": "pixel.png has 1 x 1 pixels; at least 16",
         "deep.png": r"deep.png has pixels of mode 'I;16' \(more than 8 bits\)",
@@ -227,6 +227,29 @@ def test_bad_files_in_an_engine(
             run()
         assert name in f"{raised.value}{caplog.text}"
     assert state_of(model) == before
+
+
+def test_images_above_the_limit_of_pillow(
+    model: ContinualPatchCore,
+    make_data: Make,
+    make_engine: Make,
+    files: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They are learned and judged up to the limit of this package, whose variable is named; Pillow's is set back."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    make_engine().fit(model, datamodule=make_data("checks"))
+    assert "checks" in model.model.bank.variants
+    assert len(make_engine().predict(model, data_path=files("checks")[0])) == 1
+    monkeypatch.setenv("ANOMALIB_EXT_LARGEST_IMAGE", "4000")  # Pillow refuses from twice that on
+    with pytest.raises(ValueError, match=r"has 64 x 64 pixels, more than the 4,000 .*LARGEST_IMAGE to 4096"):
+        make_engine().predict(model, data_path=files("checks")[0])
+    monkeypatch.setenv("ANOMALIB_EXT_LARGEST_IMAGE", "1500")
+    with pytest.raises(Image.DecompressionBombError):
+        make_engine().predict(model, data_path=files("checks")[0])
+    assert f"{files('checks')[0]} has 64 x 64 pixels, more than the 1,500" in caplog.text
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 def test_an_empty_folder(model: ContinualPatchCore, make_engine: Make, tmp_path: Path, state_of: Make) -> None:
