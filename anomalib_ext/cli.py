@@ -31,7 +31,7 @@ def main() -> int:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would report its use to its makers
     # Deprecations inside Anomalib and Lightning's hints do not concern the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("default", "few_shot_views and one_shot have", FutureWarning)
+    warnings.filterwarnings("default", "(few_shot_views and one_shot|weighting) ha(ve|s) no effect", FutureWarning)
     warnings.filterwarnings("ignore", module="lightning")
     from jsonargparse import auto_cli
 

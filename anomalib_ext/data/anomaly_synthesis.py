@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from openvino_export.images import check_size
+from openvino_export.images import FORMATS, check_size
 
 # Without a texture folder: surfaces among the photographs in the wheel of scikit-image, which Anomalib requires.
 _TEXTURES = ("brick.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png")
@@ -305,7 +305,7 @@ def _needed(image_path: str | Path | None, why: str) -> Path:
 def _read(path: Path, mode: str, height: int, width: int) -> Image.Image:
     """Read an image as 8 bits, resized."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.convert(mode).resize((width, height), Image.Resampling.BILINEAR)
     except (OSError, SyntaxError) as error:  # Pillow does not say which file is truncated
         msg = f"{path} cannot be read as an image; repair or remove it."
