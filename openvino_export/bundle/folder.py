@@ -1,37 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundle folder: verified when it is read, and changed by one atomic step, so that a kill leaves no mixture.
+"""The bundle folder: verified when it is read, and changed by the one step of `commit.py`.
 
-An update is written to the folder `.staging` and flushed to the disk. Renaming that to `.next` is the step that counts:
-before it the bundle is the old one, after it the new one. The files of `.next` then move to their places, which the
-next to open the bundle does if a kill prevented it. Readers need no lock: they take a file from `.next` while it is
-there, and read again if what they read does not match its checksums because it was being moved.
+Readers need no lock: they take a file from `.next` while it is there, and read again if what they read does not match
+its checksums because it was being moved.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import shutil
+import stat
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .metadata import METADATA, BundleError, parse, to_json
+from .commit import NEXT, PREVIOUS, commit, locked, refuse_links
+from .metadata import BANK, METADATA, BundleError, parse, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     FileNames = Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]
 
-BANK = "bank.safetensors"
 FEATURES = ("features.xml", "features.bin")
 WHOLE = ("model.xml", "model.bin")
 
-_STAGING, _NEXT, _PREVIOUS, _LOCK = ".staging", ".next", ".previous", ".lock"
 # Seconds for which a reader that meets moving files tries again; they move within milliseconds.
 _PATIENCE = 30.0
 
@@ -77,8 +71,8 @@ def read(
     if not folder.is_dir():
         msg = f"There is no bundle folder {folder}. Give the folder that an export to openvino wrote (with {METADATA})."
         raise FileNotFoundError(msg)
-    _refuse_links(folder)
-    if (folder / _NEXT).exists():
+    refuse_links(folder)
+    if (folder / NEXT).exists():
         try:
             with locked(folder, timeout=0):
                 pass  # which finishes it
@@ -98,7 +92,7 @@ def read(
 def _fingerprint(folder: Path) -> tuple[Any, ...]:
     """What changes when an update moves to its place."""
     found: list[Any] = []
-    for path in (folder / _NEXT, folder / METADATA, folder / "model.bin", folder / BANK):
+    for path in (folder / NEXT, folder / METADATA, folder / "model.bin", folder / BANK):
         try:
             status = path.stat()
             found.append((status.st_ino, status.st_mtime_ns, status.st_size))
@@ -117,9 +111,9 @@ def current_version(folder: str | Path) -> str:
 
 def _read_newest(folder: Path, name: str) -> bytes:
     """Content of a file: of the committed update while that is being moved, else in its place."""
-    for path in (folder / _NEXT / name, folder / name):
+    for path in (folder / NEXT / name, folder / name):
         try:
-            return path.read_bytes()
+            return _content(path)
         except (FileNotFoundError, NotADirectoryError):  # noqa: PERF203
             continue
         except OSError as error:
@@ -129,6 +123,14 @@ def _read_newest(folder: Path, name: str) -> bytes:
     raise BundleError(msg)
 
 
+def _content(path: Path) -> bytes:
+    """Content of a plain file. A link may lead anywhere, and a pipe would be waited for."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        msg = f"{path} is a link, or no file, where a bundle has a file; it is not opened. Copy the whole folder again."
+        raise BundleError(msg)
+    return path.read_bytes()
+
+
 def _read_once(folder: Path, names: FileNames) -> Bundle:
     """Read and verify a bundle as it is on disk right now."""
     text = _read_newest(folder, METADATA)
@@ -136,7 +138,6 @@ def _read_once(folder: Path, names: FileNames) -> Bundle:
     wanted = names(metadata) if callable(names) else names
     contents = {}
     for name, entry in metadata["files"].items():
-        _refuse_outside(folder, name)
         content = _read_newest(folder, name)
         if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
             msg = (
@@ -152,81 +153,6 @@ def _read_once(folder: Path, names: FileNames) -> Bundle:
         msg = f"The bundle {folder} of {metadata['model']} has no {', '.join(missing)}; export the model again."
         raise BundleError(msg)
     return Bundle(folder, metadata, contents, hashlib.sha256(text).hexdigest())
-
-
-def _refuse_outside(folder: Path, name: str) -> None:
-    """Refuse names and links that lead out of the folder."""
-    plain = name not in {"", ".", ".."} and not re.search(r"[/\\:\0]", name)
-    if plain:
-        root = folder.resolve()
-        plain = all((place / name).resolve().is_relative_to(root) for place in (folder, folder / _NEXT))
-    if not plain:
-        msg = f"{folder / METADATA} names the file {name!r}, which leads out of the bundle's folder; it is not opened."
-        raise BundleError(msg)
-
-
-def _refuse_links(folder: Path) -> None:
-    """Refuse working folders and a lock that are links: files elsewhere would be moved or overwritten."""
-    for name in (_STAGING, _NEXT, _PREVIOUS, _LOCK):
-        if (folder / name).is_symlink():
-            msg = f"{folder / name} is a link, which no bundle has; it is not followed. Delete it, or copy the folder."
-            raise BundleError(msg)
-
-
-@contextmanager
-def locked(folder: str | Path, timeout: float = 60.0) -> Generator[None, None, None]:
-    """Keep other writers away, and finish the update of one that was killed.
-
-    The operating system releases the lock of a process that ends in whatever way, so none is ever left behind. It is
-    not re-entrant.
-
-    Args:
-        folder: The bundle's folder.
-        timeout: Seconds to wait for another writer.
-
-    Raises:
-        TimeoutError: If another writer is still at work then.
-        BundleError: If the folder cannot be written.
-    """
-    folder = Path(folder)
-    _refuse_links(folder)
-    try:
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        msg = f"The bundle {folder} cannot be changed: {error}. Copy it to a folder that you may write to."
-        raise BundleError(msg) from error
-    try:
-        deadline = time.monotonic() + timeout
-        while not _try_lock(descriptor):
-            if time.monotonic() >= deadline:
-                msg = f"Another process is changing the bundle {folder}. Try again when it has finished."
-                raise TimeoutError(msg)
-            time.sleep(0.05)
-        shutil.rmtree(folder / _STAGING, ignore_errors=True)
-        _roll_forward(folder)
-        yield
-    finally:
-        os.close(descriptor)  # which releases the lock
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        _lock(descriptor)
-    except OSError:
-        return False
-    return True
-
-
-def _lock(descriptor: int) -> None:
-    """Lock an open file, or raise if another process has."""
-    if os.name == "nt":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def update(bundle: Bundle, files: Mapping[str, bytes], changes: Mapping[str, Any]) -> Bundle:
@@ -250,7 +176,7 @@ def update(bundle: Bundle, files: Mapping[str, bytes], changes: Mapping[str, Any
         )
         raise BundleError(msg)
     text = to_json({**bundle.metadata, **changes}, files)
-    _commit(bundle.folder, {**files, METADATA: text})
+    commit(bundle.folder, {**files, METADATA: text})
     contents = {name: files.get(name, content) for name, content in bundle.contents.items()}
     return Bundle(bundle.folder, json.loads(text), contents, hashlib.sha256(text).hexdigest())
 
@@ -267,7 +193,7 @@ def create(folder: str | Path, files: Mapping[str, bytes], metadata: Mapping[str
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         # What an older model had learned is nothing to go back to from this one.
-        _commit(folder, {**files, METADATA: to_json(metadata, files)}, undoable=False)
+        commit(folder, {**files, METADATA: to_json(metadata, files)}, undoable=False)
 
 
 def undo(folder: str | Path) -> None:
@@ -282,84 +208,19 @@ def undo(folder: str | Path) -> None:
         msg = f"There is no bundle folder {folder}."
         raise FileNotFoundError(msg)
     with locked(folder):
-        previous = folder / _PREVIOUS
-        if not (previous / METADATA).is_file():
+        previous = folder / PREVIOUS
+        try:
+            files = {path.name: _content(path) for path in previous.iterdir()} if previous.is_dir() else {}
+        except OSError as error:
+            msg = f"The previous state of {folder} cannot be read: {error}. Ask who saved it for the right to read it."
+            raise BundleError(msg) from error
+        if METADATA not in files:
             msg = f"The bundle {folder} has no previous state: nothing was learned since it was copied here."
             raise BundleError(msg)
-        files = {path.name: path.read_bytes() for path in previous.iterdir()}
         metadata = parse(previous, files[METADATA])
         for name, content in files.items():
             entry = metadata["files"].get(name)
             if name != METADATA and (entry is None or hashlib.sha256(content).hexdigest() != entry["sha256"]):
                 msg = f"{previous / name} was changed, so the bundle stays as it is. Copy the whole folder again."
                 raise BundleError(msg)
-        _commit(folder, files)
-
-
-def _commit(folder: Path, files: Mapping[str, bytes], *, undoable: bool = True) -> None:
-    """Write files beside, then make them the bundle's by one rename; what they replace is kept if that is undoable."""
-    staging = folder / _STAGING
-    try:
-        _stage(folder, staging, files, undoable=undoable)
-        staging.rename(folder / _NEXT)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    _sync(folder)
-    _roll_forward(folder)
-
-
-def _stage(folder: Path, staging: Path, files: Mapping[str, bytes], *, undoable: bool) -> None:
-    """Write files to a new folder, with those that they replace beside them, and flush all to the disk."""
-    previous = staging / _PREVIOUS
-    previous.mkdir(parents=True)
-    for name, content in files.items():
-        with (staging / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if undoable:
-            _link_or_copy(folder / name, previous / name)
-    _sync(previous)
-    _sync(staging)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Have a file at a second path as well."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links, such as that of a USB stick
-        shutil.copyfile(source, target)
-        with target.open("rb+") as file:
-            os.fsync(file.fileno())
-
-
-def _roll_forward(folder: Path) -> None:
-    """Move the files of a committed update to their places; it may be interrupted and repeated at any point."""
-    source = folder / _NEXT
-    if not source.is_dir():
-        return
-    names = sorted(path.name for path in source.iterdir() if path.name not in {METADATA, _PREVIOUS})
-    # The metadata last: as long as it is in its old place, readers look here first.
-    for name in (*names, METADATA):
-        if (source / name).exists():
-            (source / name).replace(folder / name)
-    _sync(folder)
-    if (source / _PREVIOUS).is_dir():
-        shutil.rmtree(folder / _PREVIOUS, ignore_errors=True)
-        if any((source / _PREVIOUS).iterdir()):
-            (source / _PREVIOUS).rename(folder / _PREVIOUS)
-        else:  # there is nothing to go back to
-            (source / _PREVIOUS).rmdir()
-    _sync(folder)
-    source.rmdir()
-
-
-def _sync(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
-    if os.name == "posix":  # elsewhere a folder cannot be synced
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        commit(folder, files)

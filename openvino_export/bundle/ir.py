@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from .constants import CONSTANTS
 from .metadata import BundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -49,23 +50,24 @@ def find_constants(xml: bytes, names: Collection[str] = CONSTANTS) -> dict[str, 
         names: Names of the layers.
 
     Raises:
-        BundleError: If one is missing, or shares its bytes with another layer.
+        BundleError: If one is missing, or shares its bytes with another layer, or the file is damaged.
     """
+    try:
+        constants = list(_constants(xml.decode()))
+    except (KeyError, ValueError) as error:
+        msg = f"model.xml is damaged: {error!r} in the description of a constant; export the model again."
+        raise BundleError(msg) from error
     found: dict[str, Constant] = {}
-    places: list[tuple[int, int, str]] = []
-    for layer, data in re.findall(r"<layer\b([^>]*)>\s*<data\b([^>]*)/>", xml.decode()):
-        head, body = (dict(re.findall(r'([\w-]+)="([^"]*)"', part)) for part in (layer, data))
-        if head.get("type") != "Const":
-            continue
-        name, offset, size = head["name"], int(body["offset"]), int(body["size"])
-        places.append((offset, offset + size, name))
+    places = [(constant.offset, constant.offset + constant.size, name) for name, constant in constants]
+    for name, constant in constants:
         if name in names:
-            shape = tuple(int(side) for side in body["shape"].split(",") if side.strip())
-            dtype = _DTYPES.get(body["element_type"], "")
-            if not dtype or np.prod(shape) * np.dtype(dtype).itemsize != size:
-                msg = f"The constant {name} of model.xml has an unknown type {body['element_type']}; export it again."
+            if (
+                constant.dtype not in _DTYPES.values()
+                or math.prod(constant.shape) * np.dtype(constant.dtype).itemsize != constant.size
+            ):
+                msg = f"The constant {name} of model.xml has an unknown type {constant.dtype}; export it again."
                 raise BundleError(msg)
-            found[name] = Constant(offset, size, dtype, shape)
+            found[name] = constant
     for name in names:
         if name not in found:
             msg = f"model.xml has no constant {name}, so it cannot take in what is learned; export the model again."
@@ -76,6 +78,16 @@ def find_constants(xml: bytes, names: Collection[str] = CONSTANTS) -> dict[str, 
                 msg = f"The constants {name} and {other} of model.xml share their bytes; export the model again."
                 raise BundleError(msg)
     return found
+
+
+def _constants(xml: str) -> Iterator[tuple[str, Constant]]:
+    """Name and place of each constant of an IR, of whatever type."""
+    for layer, data in re.findall(r"<layer\b([^>]*)>\s*<data\b([^>]*)/>", xml):
+        head, body = (dict(re.findall(r'([\w-]+)="([^"]*)"', part)) for part in (layer, data))
+        if head.get("type") == "Const":
+            shape = tuple(int(side) for side in body["shape"].split(",") if side.strip())
+            kind = str(body["element_type"])
+            yield head["name"], Constant(int(body["offset"]), int(body["size"]), _DTYPES.get(kind, kind), shape)
 
 
 def placeholder(name: str, values: NDArray[Any]) -> Any:  # noqa: ANN401  # OpenVINO's node
@@ -113,18 +125,29 @@ def with_new_shapes(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any
         xml: Content of the .xml file.
         weights: Content of the .bin file.
         values: New values of all constants that learning changes, of other shapes; :func:`with_new_values` writes them.
+
+    Raises:
+        BundleError: If the temporary folder cannot take the files, or they are damaged.
     """
     import openvino as ov
 
-    model = core().read_model(xml, weights)
-    for node in model.get_ops():
-        if (name := node.get_friendly_name()) in values:
-            node.output(0).replace(placeholder(name, values[name]).output(0))
-    model.validate_nodes_and_infer_types()
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.xml"
-        ov.save_model(model, path, compress_to_fp16=False)
-        return path.read_bytes(), path.with_suffix(".bin").read_bytes()
+    try:
+        model = core().read_model(xml, weights)
+        for node in model.get_ops():
+            if (name := node.get_friendly_name()) in values:
+                node.output(0).replace(placeholder(name, values[name]).output(0))
+        model.validate_nodes_and_infer_types()
+    except RuntimeError as error:
+        msg = f"model.xml cannot take in what is learned: {error}. Export the model again."
+        raise BundleError(msg) from error
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "model.xml"
+            ov.save_model(model, path, compress_to_fp16=False)
+            return path.read_bytes(), path.with_suffix(".bin").read_bytes()
+    except (OSError, RuntimeError) as error:
+        msg = f"The temporary folder cannot hold model.xml: {error}. Make room in it, or name another by TMPDIR."
+        raise BundleError(msg) from error
 
 
 def with_new_values(weights: bytes, places: Mapping[str, Constant], values: Mapping[str, NDArray[Any]]) -> bytes:
@@ -141,7 +164,7 @@ def with_new_values(weights: bytes, places: Mapping[str, Constant], values: Mapp
     content = bytearray(weights)
     for name, value in values.items():
         place = places[name]
-        if value.shape != place.shape or place.offset + place.size > len(content):
+        if value.shape != place.shape or not 0 <= place.offset <= len(content) - place.size:
             msg = (
                 f"The constant {name} of model.xml has the shape {place.shape}, not {value.shape}, or lies beyond "
                 "model.bin: the files are not of one export. Export the model again."

@@ -46,7 +46,7 @@ def main(args: list[str] | None = None) -> int:
     )
     try:
         return int(auto_cli(COMMANDS, args=args, as_positional=True, description=description))
-    except (OSError, ValueError) as error:  # what the messages of this package are made for
+    except (OSError, ValueError, MemoryError) as error:  # what the messages of this package are made for
         print(f"anomalib-edge: {error}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:

@@ -63,8 +63,8 @@ class MemoryBank:
         false_alarm_rate: float = FALSE_ALARM_RATE,
         image_owners: NDArray[np.int32] | None = None,
     ) -> None:
-        if not isinstance(size, (int, np.integer)) or size < 1:
-            msg = f"memory_size must be a whole number of at least 1, got {size!r}."
+        if not isinstance(size, (int, np.integer)) or not 1 <= size < 2**31:
+            msg = f"memory_size must be a whole number of at least 1 and below 2**31, got {size!r}."
             raise ValueError(msg)
         if dtype not in {"float32", "float16"}:
             msg = f"precision must be 'float32' or 'float16', got {dtype!r}."

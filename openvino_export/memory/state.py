@@ -5,36 +5,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .former_states import upgraded
-from .leave_one_out import CALIBRATION_PATCHES, no_images, worth
+from .leave_one_out import no_images, worth
 from .memory_bank import MemoryBank
-from .patch_pool import LISTS, PatchPool
-from .thresholds import check_rate
+from .patch_pool import PatchPool
+from .state_checks import CALIBRATION, VECTORS, contradictions, wrong_forms
 from .update import Update, pool_capacity
 from .variant import Calibration, Defects, Variant
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
 
 SCHEMA_VERSION = 5
 OLDEST_VERSION = 2
-# Under these keys the arrays of all variants follow each other, by the attribute of a variant, or of its calibration.
-VECTORS = {
-    "vectors": "vectors",
-    "radii": "radii",
-    "covers": "cover_radii",
-    "origins": "origins",
-    "stand_ins": "stand_ins",
-    "gains": "gains",
-}
-CALIBRATION = {f"calibration_{key}": key for key in ("patches", "origins", "labels", "factors", "scores")}
 
 
 def to_arrays(known: MemoryBank | Update) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -109,32 +98,25 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) ->
     Raises:
         ValueError: If the state is of another schema, or damaged.
     """
-    version = plain.get("schema_version")
+    version = plain.get("schema_version") if isinstance(plain, Mapping) else None
     if type(version) is not int or not OLDEST_VERSION <= version <= SCHEMA_VERSION:
         msg = (
             f"The memory bank has schema version {version}, this version of anomalib-ext reads {SCHEMA_VERSION}; "
             "use the version that wrote it, or a newer one."
         )
         raise ValueError(msg)
+    _refuse(wrong_forms(arrays, plain))
     try:
         if version < SCHEMA_VERSION:
             arrays, plain = upgraded(arrays, plain)
         rate = plain["false_alarm_rate"]
         MemoryBank(plain["size"], plain["dtype"], false_alarm_rate=rate)  # which refuses what is out of range
-        problems = _contradictions(arrays, plain)
+        problems = contradictions(arrays, plain)
     except KeyError as error:
         problems = [f"{error} is missing"]
-    if problems:
-        msg = f"The memory bank is damaged: {'; '.join(problems)}. Use an undamaged copy of the file."
-        raise ValueError(msg)
-    bank = MemoryBank(
-        plain["size"],
-        plain["dtype"],
-        _variants(arrays, plain),
-        np.array(arrays["image_hashes"]),
-        rate,
-        np.array(arrays["image_owners"]),
-    )
+    _refuse(problems)
+    hashes, owners = (np.array(arrays[key]) for key in ("image_hashes", "image_owners"))
+    bank = MemoryBank(plain["size"], plain["dtype"], _variants(arrays, plain), hashes, rate, owners)
     capacity = pool_capacity(bank)
     pools = []
     for position, described in enumerate(plain["streams"]):
@@ -145,6 +127,12 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) ->
         pool.restore(own, described)
         pools.append(pool)
     return Update(bank, pools)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        msg = f"The memory bank is damaged: {'; '.join(problems[:5])}. Use an undamaged copy of the file."
+        raise ValueError(msg)
 
 
 def _variants(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> dict[str, Variant]:
@@ -207,139 +195,7 @@ def from_bytes(content: bytes) -> MemoryBank:
         arrays = load(content)
         length = int.from_bytes(content[:8], "little")
         plain = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["plain"])
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         msg = f"It is no file of a memory bank: {error}"
         raise ValueError(msg) from error
     return from_arrays(arrays, plain).bank
-
-
-def _contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a state that was loaded.
-
-    Raises:
-        KeyError: If something is missing.
-    """
-    entries = plain["variants"]
-    for entry in entries:
-        for key in ("vectors", "calibration_images", "defects", "shown"):
-            if type(entry[key]) is not int or entry[key] < 0:
-                return [f"{key} of {entry['name']} is {entry[key]!r}, no count"]
-    counts = [entry["vectors"] for entry in entries]
-    images = sum(entry["calibration_images"] for entry in entries)
-    defects = sum(entry["defects"] for entry in entries)
-    dimension = arrays["vectors"].shape[-1]
-    shapes = {
-        **dict.fromkeys(VECTORS, (sum(counts),)),
-        "vectors": (sum(counts), dimension),
-        **dict.fromkeys(CALIBRATION, (images,)),
-        "calibration_patches": (images, CALIBRATION_PATCHES, dimension),
-        "calibration_factors": (images, 2),
-        "defects": (defects, dimension),
-        "defect_reaches": (defects,),
-        "prototypes": (len(entries), dimension),
-        "image_hashes": (arrays["image_hashes"].size,),
-        "image_owners": (arrays["image_hashes"].size,),
-    }
-    finite = ["vectors", "defects", "covers", "prototypes", "calibration_patches", "calibration_factors"]
-    for position, stream in enumerate(plain["streams"]):
-        prefix = f"stream_{position}_"
-        count = len(arrays[f"{prefix}points"])
-        dimension = dimension or arrays[f"{prefix}points"].shape[-1]
-        shapes |= {
-            f"{prefix}points": (count, dimension),
-            **{f"{prefix}{key}": (count,) for key in ("radii", "covers", "origins", "stand_ins")},
-            f"{prefix}prototype": (dimension,),
-            f"{prefix}hashes": (arrays[f"{prefix}hashes"].size,),
-        }
-        finite += [f"{prefix}{key}" for key in ("points", "covers", "prototype")]
-        for number in range(len(stream["samples"])):
-            key = f"{prefix}sample_{number}"
-            shapes[key] = (len(arrays[key]), dimension)
-            finite.append(key)
-    problems = [
-        f"{key} has the shape {arrays[key].shape} in place of {shape}"
-        for key, shape in shapes.items()
-        if arrays[key].shape != shape
-    ]
-    if problems:
-        return problems
-    if sum(counts) > plain["size"]:
-        problems.append(f"there are {sum(counts)} vectors, but at most {plain['size']} are allowed")
-    if arrays["vectors"].dtype != plain["dtype"]:
-        problems.append(f"vectors are of {arrays['vectors'].dtype} in place of {plain['dtype']}")
-    problems += [f"{key} holds values that are not finite" for key in finite if not np.isfinite(arrays[key]).all()]
-    if np.isnan(arrays["calibration_scores"]).any():
-        problems.append("calibration_scores holds NaN")
-    problems += [f"{key} holds negative values" for key in ("covers", "calibration_scores") if (arrays[key] < 0).any()]
-    problems += [
-        f"{key} are not above 0" for key in ("calibration_factors", "defect_reaches") if not (arrays[key] > 0).all()
-    ]
-    if not np.isin(arrays["image_owners"], range(-1, len(entries))).all():
-        problems.append("image_owners names variants that are not there")
-    if len({entry["name"] for entry in entries}) < len(entries):
-        problems.append("a variant is there twice")
-    if len({stream["name"] for stream in plain["streams"]}) < len(plain["streams"]):
-        problems.append("a pool is there twice")
-    problems += _problems_of_pools(arrays, plain)
-    first = 0
-    for entry, count in zip(entries, counts, strict=True):
-        part = slice(first, first + count)
-        first = part.stop
-        problems += _problems_of_variant(entry, arrays["radii"][part], arrays["gains"][part], arrays["stand_ins"][part])
-    return problems
-
-
-def _problems_of_variant(
-    entry: Mapping[str, Any], radii: NDArray[Any], worth: NDArray[Any], stand_ins: NDArray[Any]
-) -> list[str]:
-    """What is wrong with a variant whose arrays have the right shapes."""
-    problems = []
-    name = entry["name"]
-    if not len(radii) or radii[0] != np.inf or not (np.diff(radii) <= 0).all():
-        problems.append(f"radii of {name} do not fall from infinity")
-    if not (np.isnan(worth).all() or (worth[0] == np.inf and (worth[1:] <= worth[:-1]).all() and (worth >= 0).all())):
-        problems.append(f"gains of {name} do not fall from infinity")
-    if not (stand_ins >= 0).all():
-        problems.append(f"stand_ins of {name} are negative or NaN")
-    if entry["floor"] is not None and not math.isfinite(entry["floor"]):
-        problems.append(f"floor of {name} is not finite")
-    if not all(entry[key] >= 0 for key in ("resolution", "spread", "images", "wanted")):
-        problems.append(f"resolution, spread, images or wanted of {name} are out of range")
-    if entry["defects"] and not entry["shown"]:
-        problems.append(f"{name} holds defects of no image")
-    rate = entry["false_alarm_rate"]
-    try:
-        if rate is not None:
-            check_rate(rate)
-    except ValueError as error:
-        problems.append(f"{name}: {error}")
-    for key, count in (("by_hand", 2), ("former", 3)):
-        values = entry[key]
-        if values is not None and not (len(values) == count and all(each is None or each >= 0 for each in values)):
-            problems.append(f"{key} of {name} is out of range")
-    return problems
-
-
-def _problems_of_pools(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) -> list[str]:
-    """What is wrong with pools whose arrays have the right shapes."""
-    problems = []
-    for position, stream in enumerate(plain["streams"]):
-        points, radii, stand_ins = (arrays[f"stream_{position}_{key}"] for key in ("points", "radii", "stand_ins"))
-        for key, values in (("radii", radii), ("stand_ins", stand_ins)):
-            if not (values >= 0).all():
-                problems.append(f"stream_{position}_{key} holds negative values or NaN")
-        if points.dtype != np.float32:
-            problems.append(f"stream_{position}_points are of {points.dtype} in place of float32")
-        if not stream["name"] or stream["divided_at"] not in {0, *range(LISTS, len(points) + 1)}:
-            problems.append(f"name or divided_at of pool {position} are out of range")
-        if not all(stream[key] >= 0 for key in ("resolution", "spread", "images")):
-            problems.append(f"resolution, spread or images of pool {position} are out of range")
-        for number, described in enumerate(stream["samples"]):
-            if len(described) != 5 or not all(type(value) is int for value in described):
-                problems.append(f"image {number} of pool {position} is described by {described}")
-                continue
-            _, rows, columns, height, width = described
-            patches = len(arrays[f"stream_{position}_sample_{number}"])
-            if (rows or columns) and (rows * columns != patches or not (height > 0 and width > 0)):
-                problems.append(f"image {number} of pool {position} has {patches} patches, not {rows} x {columns}")
-    return problems
