@@ -51,11 +51,21 @@ def checkpoint_model(path: Path, name: str) -> Reference:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ValueError: If there is no such model, or it cannot be made of the file.
     """
+    if name not in models.__all__:
+        msg = f"The bundle is of the model {name:.50}, which anomalib.models does not have; install what it is of."
+        raise ValueError(msg)
     kind = getattr(models, name)
     # The checkpoint has the weights, so that they need not be found once more.
     known = {"pre_trained": False} if "pre_trained" in signature(kind).parameters else {}
-    model = kind.load_from_checkpoint(path, map_location="cpu", **known).eval()
+    try:
+        model = kind.load_from_checkpoint(path, map_location="cpu", **known).eval()
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch makes of a damaged or foreign file
+        msg = f"{path} cannot be loaded as a checkpoint of {name}: {error}. Give the one that was exported."
+        raise ValueError(msg) from error
 
     def run(image: NDArray[np.float32]) -> dict[str, Any]:
         with torch.no_grad():

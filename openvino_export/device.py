@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     import openvino as ov
 
+# What OpenVINO raises for files and devices that it cannot use; the second if a text in the file is none.
+FAILURES = (RuntimeError, UnicodeDecodeError)
+
 
 def core() -> ov.Core:
     """OpenVINO's core, one for the process.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .bundle.folder import BANK, Bundle, BundleError, running_files
-from .device import check_device, core
+from .device import FAILURES, check_device, core
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +30,7 @@ class Network:
         precision: Precision that OpenVINO computes in.
 
     Attributes:
-        last_dimension: Length of the last dimension of the first output: of an embedding, that of a vector.
+        last_dimension: Length of the last dimension of the embedding, or of the anomaly map.
         parallel: Number of images that :attr:`workers` run at a time.
 
     Raises:
@@ -45,21 +46,30 @@ class Network:
         try:
             model = core().read_model(bundle.contents[name], bundle.contents[weights])
             model.reshape([1, 3, height, width])  # a fixed shape compiles and runs faster
-        except RuntimeError as error:
-            msg = f"{name} of {bundle.folder} cannot be used for images of {height} x {width} pixels: {error}"
+        except FAILURES as error:
+            msg = (
+                f"{name} of {bundle.folder} cannot be used for images of {height} x {width} pixels: {error} "
+                "Copy the whole folder again, or export the model again."
+            )
             raise BundleError(msg) from error
-        self._names = [next(iter(output.names)) for output in model.outputs]
+        self._names = [next(iter(output.names), "") for output in model.outputs]
         needed = {"embedding"} if BANK in bundle.contents else {"pred_score", "anomaly_map"}
         if missing := needed - set(self._names):
             msg = f"{name} of {bundle.folder} has no output {', '.join(sorted(missing))}; export the model again."
             raise BundleError(msg)
-        self.last_dimension = int(model.output(0).partial_shape[-1].get_length())
+        # That of an embedding, `(1, h, w, d)`, or of a map with as many pixels as the image.
+        shape = model.output("embedding" if BANK in bundle.contents else "anomaly_map").partial_shape
+        sides = [] if shape.is_dynamic else list(shape.to_shape())
+        if not (len(sides) == 4 and sides[0] == 1 if BANK in bundle.contents else math.prod(sides) == height * width):
+            msg = f"{name} of {bundle.folder} gives arrays of the shape {shape} for an image; export the model again."
+            raise BundleError(msg)
+        self.last_dimension = sides[-1]
         self._compile = lambda hint: core().compile_model(
             model, device, {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": hint}
         )
         try:
             self._compiled = self._compile("LATENCY")
-        except RuntimeError as error:
+        except FAILURES as error:
             reason = str(error).strip().splitlines()[-1]
             msg = f"{name} of {bundle.folder} cannot be run on {device} in {precision}: {reason}"
             raise ValueError(msg) from error

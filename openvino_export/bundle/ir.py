@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openvino_export.device import core
+from openvino_export.device import FAILURES, core
 
 from .constants import CONSTANTS
 from .metadata import BundleError
@@ -137,7 +137,7 @@ def with_new_shapes(xml: bytes, weights: bytes, values: Mapping[str, NDArray[Any
             if (name := node.get_friendly_name()) in values:
                 node.output(0).replace(placeholder(name, values[name]).output(0))
         model.validate_nodes_and_infer_types()
-    except RuntimeError as error:
+    except FAILURES as error:
         msg = f"model.xml cannot take in what is learned: {error}. Export the model again."
         raise BundleError(msg) from error
     try:

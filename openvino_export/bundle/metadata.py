@@ -113,9 +113,10 @@ def parse(folder: Path, text: bytes) -> dict[str, Any]:
         msg = f"{folder / METADATA} has no schema_version: {folder} was not written by anomalib-ext. Export it again."
         raise BundleError(msg)
     if version not in {UNCHECKED_VERSION, SCHEMA_VERSION}:
+        remedy = "Update anomalib-ext on this PC" if version > SCHEMA_VERSION else "Export the model again"
         msg = (
-            f"The bundle {folder} has schema version {version}, this version of anomalib-ext reads {SCHEMA_VERSION}. "
-            f"{'Update anomalib-ext on this PC' if version > SCHEMA_VERSION else 'Export the model again'}."
+            f"The bundle {folder} has schema version {version!s:.20}, "
+            f"this version of anomalib-ext reads {SCHEMA_VERSION}. {remedy}."
         )
         raise BundleError(msg)
     problem = _problem(metadata, checksum)

@@ -67,7 +67,7 @@ class MemoryBank:
             msg = f"memory_size must be a whole number of at least 1 and below 2**31, got {size!r}."
             raise ValueError(msg)
         if dtype not in {"float32", "float16"}:
-            msg = f"precision must be 'float32' or 'float16', got {dtype!r}."
+            msg = f"precision must be 'float32' or 'float16', got {dtype!r:.50}."
             raise ValueError(msg)
         self.size = int(size)
         self.dtype = np.dtype(dtype)

@@ -101,7 +101,7 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]) ->
     version = plain.get("schema_version") if isinstance(plain, Mapping) else None
     if type(version) is not int or not OLDEST_VERSION <= version <= SCHEMA_VERSION:
         msg = (
-            f"The memory bank has schema version {version}, this version of anomalib-ext reads {SCHEMA_VERSION}; "
+            f"The memory bank has schema version {version!s:.20}, this version of anomalib-ext reads {SCHEMA_VERSION}; "
             "use the version that wrote it, or a newer one."
         )
         raise ValueError(msg)
@@ -196,6 +196,6 @@ def from_bytes(content: bytes) -> MemoryBank:
         length = int.from_bytes(content[:8], "little")
         plain = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["plain"])
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        msg = f"It is no file of a memory bank: {error}"
+        msg = f"It is no file of a memory bank: {error!s:.200}"
         raise ValueError(msg) from error
     return from_arrays(arrays, plain).bank

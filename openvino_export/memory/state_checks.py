@@ -11,6 +11,7 @@ import numpy as np
 from openvino_export.kinds import is_count, is_list, is_number, is_text, wrong_kinds
 
 from .leave_one_out import CALIBRATION_PATCHES, NOT_LEARNED, SHOWN
+from .memory_bank import LARGEST_VALUE
 from .patch_pool import LISTS
 from .thresholds import check_rate
 
@@ -134,7 +135,7 @@ def contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any])
         "prototypes": (len(entries), dimension),
         **dict.fromkeys(("image_hashes", "image_owners"), (arrays["image_hashes"].size,)),
     }
-    finite = ["vectors", "defects", "covers", "prototypes", "calibration_patches", "calibration_factors"]
+    finite, embeddings = ["covers", "calibration_factors"], ["vectors", "defects", "prototypes", "calibration_patches"]
     for position, stream in enumerate(plain["streams"]):
         prefix = f"stream_{position}_"
         count = len(arrays[f"{prefix}points"])
@@ -145,11 +146,12 @@ def contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any])
             f"{prefix}prototype": (dimension,),
             f"{prefix}hashes": (arrays[f"{prefix}hashes"].size,),
         }
-        finite += [f"{prefix}{key}" for key in ("points", "covers", "prototype")]
+        finite.append(f"{prefix}covers")
+        embeddings += [f"{prefix}{key}" for key in ("points", "prototype")]
         for number in range(len(stream["samples"])):
             key = f"{prefix}sample_{number}"
             shapes[key] = (len(arrays[key]), dimension)
-            finite.append(key)
+            embeddings.append(key)
     problems = [
         f"{key} has the shape {arrays[key].shape} in place of {shape}"
         for key, shape in shapes.items()
@@ -162,6 +164,11 @@ def contradictions(arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any])
     if arrays["vectors"].dtype != plain["dtype"]:
         problems.append(f"vectors are of {arrays['vectors'].dtype} in place of {plain['dtype']}")
     problems += [f"{key} holds values that are not finite" for key in finite if not np.isfinite(arrays[key]).all()]
+    problems += [
+        f"{key} holds values that are too large or not finite"
+        for key in embeddings
+        if not float(np.abs(arrays[key]).max(initial=0)) <= LARGEST_VALUE  # NaN as well
+    ]
     if np.isnan(arrays["calibration_scores"]).any():
         problems.append("calibration_scores holds NaN")
     problems += [f"{key} holds negative values" for key in ("covers", "calibration_scores") if (arrays[key] < 0).any()]
