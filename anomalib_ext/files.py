@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written all at once, so that a kill leaves the old one or the new one whole; and names for them."""
+"""Files that are written all at once: after a kill, the old file or the new one is there, and whole.
+
+Also names for them, and whether a checkpoint is still as it was written.
+"""
 
 import csv
 import hashlib
 import io
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +52,32 @@ def atomic_write(path: Path) -> Generator[BinaryIO]:
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse a checkpoint that was changed or cut off: torch writes a checksum of each part, but does not look at it.
+
+    Args:
+        path: The file; what is no file, or was not written as an archive, is left to torch.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    if not Path(path).is_file():
+        return
+    with Path(path).open("rb") as opened:
+        if opened.read(2) != b"PK":
+            return
+    try:
+        with zipfile.ZipFile(path) as file:
+            # A part that calls itself a folder would be left unread by torch.
+            folders = (part.filename for part in file.infolist() if part.external_attr & 0x10)
+            damaged = file.testzip() or next(folders, None)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        damaged = str(error)
+    if damaged is not None:
+        msg = f"The checkpoint {path} is damaged ({damaged:.200}). Use an undamaged copy of it."
+        raise ValueError(msg)
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

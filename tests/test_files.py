@@ -3,13 +3,16 @@
 
 import csv
 import re
+import zipfile
 from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_ext.files import atomic_write, safe_name, write_table
+from anomalib_ext.files import atomic_write, check_checkpoint, safe_name, write_table
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -96,3 +99,48 @@ def test_any_names(first: str, second: str) -> None:
     """The same for whatever there is."""
     check_safe(first)
     assert (safe_name(first) == safe_name(second)) == (first == second)
+OLD = Path(__file__).parent / "old_files" / "finished.ckpt"
+
+
+def test_no_bit_of_a_checkpoint_can_change_unnoticed(tmp_path: Path) -> None:
+    """Some are flipped in turn, most where the archive tells of its parts: it is refused, or holds what it held."""
+    path, whole = tmp_path / "model.ckpt", OLD.read_bytes()
+    check_checkpoint(OLD)
+    before = repr(torch.load(OLD, weights_only=True))
+    with zipfile.ZipFile(OLD) as file:
+        about = file.start_dir
+    rng = np.random.default_rng(0)
+    refused = 0
+    for position in (*rng.integers(len(whole), size=100), *rng.integers(about, len(whole), size=200)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            check_checkpoint(path)
+        except ValueError as error:
+            assert "model.ckpt is damaged" in str(error)  # noqa: PT017
+            refused += 1
+            continue
+        try:
+            after = repr(torch.load(path, weights_only=True))
+        except (OSError, RuntimeError):
+            continue
+        assert after == before
+    assert refused > 150
+
+
+def test_what_is_no_checkpoint_of_torch(tmp_path: Path) -> None:
+    """Is left to torch, if it is no archive; one that is cut off, or a part of which claims to be a folder, is refused."""
+    for content in (b"", b"text"):
+        (tmp_path / "text").write_bytes(content)
+        check_checkpoint(tmp_path / "text")
+    check_checkpoint(tmp_path / "gone")
+    (tmp_path / "cut").write_bytes(OLD.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="cut is damaged"):
+        check_checkpoint(tmp_path / "cut")
+    with zipfile.ZipFile(tmp_path / "folder", "w") as file:
+        part = zipfile.ZipInfo("archive/data/0")
+        part.external_attr = 0x10
+        file.writestr(part, "values")
+    with pytest.raises(ValueError, match=r"folder is damaged \(archive/data/0\)"):
+        check_checkpoint(tmp_path / "folder")

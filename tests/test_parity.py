@@ -9,10 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from lightning import Trainer
 
 from anomalib_ext import cli
 from anomalib_ext.models import ContinualPatchCore
+from anomalib_ext.parity import checkpoint_model
 from openvino_export import EdgeDetector
 
 Run = Callable[..., int]
@@ -66,6 +68,38 @@ def test_errors(run: Run, exported: Path, args: list[str], message: str) -> None
     """They are one line, with which the program ends."""
     with pytest.raises(SystemExit, match=message):
         run("parity", *(arg.replace("BUNDLE", str(exported)) for arg in args))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "model.ckpt cannot be loaded as a checkpoint of ContinualPatchCore"),
+        (b"no checkpoint", "model.ckpt cannot be loaded as a checkpoint of ContinualPatchCore"),
+        ({"state_dict": {}}, "model.ckpt cannot be loaded as a checkpoint of ContinualPatchCore"),
+        ([1], "model.ckpt cannot be loaded as a checkpoint of ContinualPatchCore"),
+        (Path("in_update.ckpt"), "model.ckpt is damaged"),
+        (Path("sa_cfa_patchcore.ckpt"), "model.ckpt cannot be loaded as a checkpoint of ContinualPatchCore"),
+    ],
+)
+def test_damaged_checkpoints(run: Run, exported: Path, tmp_path: Path, content: object, message: str) -> None:
+    """They are one line, too: of nothing, of other things, of another model, and with a bit flipped."""
+    path = tmp_path / "model.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, Path):
+        damaged = bytearray((Path(__file__).parent / "old_files" / content).read_bytes())
+        damaged[len(damaged) // 2] ^= content.name == "in_update.ckpt"
+        path.write_bytes(damaged)
+    else:
+        torch.save(content, path)
+    with pytest.raises(SystemExit, match=message):
+        run("parity", exported, exported, "--reference", path)
+
+
+def test_a_model_that_is_not_there(bundle: Path) -> None:
+    """Is named."""
+    with pytest.raises(ValueError, match=r"is of the model AnomalibModul, which anomalib\.models does not have"):
+        checkpoint_model(bundle / "model.ckpt", "AnomalibModul")
 
 
 def test_the_checkpoint_must_be_named(run: Run, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

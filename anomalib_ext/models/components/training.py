@@ -11,6 +11,7 @@ from anomalib.data import AnomalibDataModule, Batch
 from anomalib.deploy import CompressionType
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models.components import AnomalibModule
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -19,7 +20,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from anomalib_ext.export import BundleContent, export_bundle
-from anomalib_ext.files import atomic_write
+from anomalib_ext.files import atomic_write, check_checkpoint
 from openvino_export.images import largest_image
 
 from .checks import check_files, fault_of
@@ -75,13 +76,13 @@ class InspectionModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Make a further fit with the same trainer possible, and its checkpoints safe against a kill."""
+        plugin = self.trainer.strategy.checkpoint_io
+        if type(plugin) in {AnomalibCheckpointIO, TorchCheckpointIO}:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO(getattr(plugin, "extra_safe_globals", None))
         if stage != TrainerFn.FITTING:
             return
         # A finished epoch of an earlier fit would let the trainer stop before the first batch.
         self.trainer.fit_loop.epoch_progress.reset()
-        plugin = self.trainer.strategy.checkpoint_io
-        if type(plugin) is AnomalibCheckpointIO:
-            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO(plugin.extra_safe_globals)
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
             # With `val_split_mode=none`, Anomalib's own method fails instead of saying that there is nothing.
@@ -107,6 +108,17 @@ class InspectionModule(LightningModule):
         return batch.update(**self.model(batch.image)._asdict())
 
     # Checkpoints
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
+        """Make a model of a checkpoint, as Anomalib does.
+
+        Raises:
+            ValueError: If it is damaged, or of another model.
+        """
+        if isinstance(checkpoint_path, (str, Path)):
+            check_checkpoint(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let ``Engine.train`` test what was learned: it asks for the checkpoint that it started from.
@@ -232,7 +244,15 @@ def _image_files(trainer: Trainer) -> list[str]:
 
 
 class AtomicCheckpointIO(AnomalibCheckpointIO):
-    """Writes a checkpoint beside the old one, syncs it and renames it over: a kill leaves one of the two whole."""
+    """Writes a checkpoint beside the old one, syncs it and renames it over: a kill leaves one of the two whole.
+
+    Refuses to load one that was changed since.
+    """
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Check, then load as Anomalib does."""
+        check_checkpoint(path)
+        return super().load_checkpoint(path, *args, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
         """Save as Lightning does, then replace ``path`` at once."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
+from lightning.pytorch import Trainer
 
 from anomalib_ext.models import ContinualPatchCore
 from anomalib_ext.models.components.training import AtomicCheckpointIO
@@ -93,3 +94,29 @@ def test_other_checkpoint_plugins_are_left_alone(model: ContinualPatchCore, make
     engine = make_engine(plugins=[Mine()])
     engine.fit(model, datamodule=make_data("checks"))
     assert type(engine.trainer.strategy.checkpoint_io) is Mine
+
+
+def test_a_changed_checkpoint_is_refused(
+    trained: tuple[ContinualPatchCore, Path], make_data: Make, make_engine: Make, tmp_path: Path
+) -> None:
+    """One flipped bit of the bank is enough, however it is loaded; torch itself would not tell."""
+    content = bytearray(trained[1].read_bytes())
+    vectors = trained[0].model.bank.variants["dots"].vectors[:4].tobytes()
+    content[content.index(vectors) + 5] ^= 1
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match=r"model.ckpt is damaged"):
+        ContinualPatchCore.load_from_checkpoint(path)
+    for act in ("test", "fit"):
+        with pytest.raises(ValueError, match=r"model.ckpt is damaged"):
+            getattr(make_engine(), act)(trained[0], datamodule=make_data("dots"), ckpt_path=path)
+
+
+@pytest.mark.parametrize("stage", ["fit", "test", "predict"])
+def test_any_trainer_saves_safely(stage: str, model: ContinualPatchCore) -> None:
+    """That of Lightning as well, which would write by way of the temporary folder, and whatever it was asked to do."""
+    trainer = Trainer(accelerator="cpu", logger=False)
+    model.trainer = trainer
+    model.setup(stage)
+    assert type(trainer.strategy.checkpoint_io) is AtomicCheckpointIO

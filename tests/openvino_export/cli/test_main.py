@@ -46,6 +46,8 @@ sys.exit(code)
         (["watch", "BUNDLE", "gone"], "no folder gone"),
         (["parity", "BUNDLE", "BUNDLE", "--reference", "gone.onnx"], "no model gone.onnx"),
         (["parity", "BUNDLE", "BUNDLE", "--reference", "model.ckpt"], "model.ckpt .* use anomalib-ext parity"),
+        (["set", "BUNDLE", "--memory_size", "1000000000"], "Unable to allocate .* for an array"),
+        (["set", "BUNDLE", "--memory_size", "1000000000000"], "memory_size must be .* below 2.*31"),
     ],
 )
 def test_errors(run: Run, args: list[str], message: str, bundle: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from openvino_export.bundle.ir import find_constants
+
 Run = Callable[..., tuple[int, list[dict[str, Any]], str]]
 
 
@@ -31,3 +33,24 @@ def test_benchmark(run: Run, exported: Path, products: Path) -> None:
             ("CPU", precision, hint) for precision in ("f32", "bf16") for hint in ("LATENCY", "THROUGHPUT")
         ]
         assert all(0 < line["latency_p50_ms"] <= line["latency_p99_ms"] and line["images_per_s"] > 0 for line in lines)
+
+
+def test_parity_with_what_is_no_model(run: Run, exported: Path, products: Path, tmp_path: Path) -> None:
+    """It says what is wrong, in one line; values that are no numbers are no agreement."""
+    graph, weights = ((exported / f"model{kind}").read_bytes() for kind in (".xml", ".bin"))
+    place = find_constants(graph, ["bank.vectors"])["bank.vectors"]
+    nothing = weights[: place.offset] + b"\xff" * place.size + weights[place.offset + place.size :]
+    for content, message in (
+        (b"", "cannot be compared with: "),
+        (graph[:5000], "cannot be compared with: "),
+        (b"\xff" + graph, "cannot be compared with: "),
+        ((exported / "features.xml").read_bytes(), "no finite pred_score"),
+        (graph.replace(b'"pred_score"', b'"score"'), "no finite pred_score"),
+        (graph, "no finite pred_score"),
+    ):
+        (tmp_path / "model.xml").write_bytes(content)
+        (tmp_path / "model.bin").write_bytes(nothing)
+        code, lines, errors = run("parity", exported, products / "dots" / "test", "--reference", tmp_path / "model.xml")
+        assert (code, lines) == (1, [])
+        assert message in errors
+        assert "Give an undamaged model for the same images." in errors
