@@ -5,6 +5,7 @@ import csv
 import re
 import zipfile
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,16 +103,25 @@ def test_any_names(first: str, second: str) -> None:
 OLD = Path(__file__).parent / "old_files" / "finished.ckpt"
 
 
+def held(value: Any) -> Any:  # noqa: ANN401
+    """Return what a checkpoint holds, so that it can be compared."""
+    if isinstance(value, dict):
+        return {key: held(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [held(entry) for entry in value]
+    return value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value)
+
+
 def test_no_bit_of_a_checkpoint_can_change_unnoticed(tmp_path: Path) -> None:
     """Some are flipped in turn, most where the archive tells of its parts: it is refused, or holds what it held."""
     path, whole = tmp_path / "model.ckpt", OLD.read_bytes()
     check_checkpoint(OLD)
-    before = repr(torch.load(OLD, weights_only=True))
+    before = held(torch.load(OLD, weights_only=True))
     with zipfile.ZipFile(OLD) as file:
         about = file.start_dir
     rng = np.random.default_rng(0)
     refused = 0
-    for position in (*rng.integers(len(whole), size=100), *rng.integers(about, len(whole), size=200)):
+    for position in (*rng.integers(len(whole), size=40), *rng.integers(about, len(whole), size=80)):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
@@ -122,15 +132,15 @@ def test_no_bit_of_a_checkpoint_can_change_unnoticed(tmp_path: Path) -> None:
             refused += 1
             continue
         try:
-            after = repr(torch.load(path, weights_only=True))
+            after = held(torch.load(path, weights_only=True))
         except (OSError, RuntimeError):
             continue
         assert after == before
-    assert refused > 150
+    assert refused > 60
 
 
 def test_what_is_no_checkpoint_of_torch(tmp_path: Path) -> None:
-    """Is left to torch, if it is no archive; one that is cut off, or a part of which claims to be a folder, is refused."""
+    """Is left to torch; an archive that is cut off, or a part of which claims to be a folder, is refused."""
     for content in (b"", b"text"):
         (tmp_path / "text").write_bytes(content)
         check_checkpoint(tmp_path / "text")

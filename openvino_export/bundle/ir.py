@@ -55,7 +55,8 @@ def find_constants(xml: bytes, names: Collection[str] = CONSTANTS) -> dict[str, 
     try:
         constants = list(_constants(xml.decode()))
     except (KeyError, ValueError) as error:
-        msg = f"model.xml is damaged: {error!r} in the description of a constant; export the model again."
+        reason = f"{type(error).__name__}: {error!s:.100}"
+        msg = f"model.xml is damaged: {reason}, in the description of a constant. Export the model again."
         raise BundleError(msg) from error
     found: dict[str, Constant] = {}
     places = [(constant.offset, constant.offset + constant.size, name) for name, constant in constants]

@@ -5,6 +5,7 @@ With `FUZZ_CASES=100000` in the environment, so many of each kind are tried, and
 """
 
 import copy
+import hashlib
 import json
 import os
 from collections import Counter
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from openvino_export import EdgeDetector
 from openvino_export.bundle.constants import graph_tables
 from openvino_export.bundle.folder import BANK, Bundle
 from openvino_export.bundle.metadata import _checksum, parse
@@ -267,3 +269,35 @@ def test_bytes() -> None:
         return use(parts[True], parts[False])
 
     run(st.lists(change, min_size=1, max_size=2), act)
+
+
+def test_a_whole_bundle(bundle: Path) -> None:
+    """Its graphs are changed as well; whoever opens, learns and saves meets no other error."""
+    whole = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    seen: Counter[str] = Counter()
+    for case in range(CASES // 100 or 30):
+        rng = np.random.default_rng([case, CASES])
+        for name, content in whole.items():
+            (bundle / name).write_bytes(content)
+        name = rng.choice(["features.xml", "model.xml", "features.bin", "model.bin"], p=[0.4, 0.4, 0.1, 0.1])
+        damaged = bytearray(whole[name])
+        for position in rng.integers(len(damaged), size=rng.integers(1, 4)).tolist():
+            damaged[position : position + int(rng.integers(20))] = rng.bytes(int(rng.integers(3)))
+        (bundle / name).write_bytes(damaged)
+        metadata = json.loads(whole["metadata.json"])
+        metadata["files"][name] = {"sha256": hashlib.sha256(damaged).hexdigest(), "size": len(damaged)}
+        del metadata["checksum"]
+        (bundle / "metadata.json").write_bytes(text_of(metadata))
+        try:
+            detector = EdgeDetector(bundle)
+            detector.predict(picture)
+            detector.learn(picture, "b", force=True)
+            detector.set_memory_size(450)
+            detector.save()
+        except REFUSALS as error:
+            seen["refused" if name.partition(".")[0] in str(error) else str(error)] += 1
+        else:
+            seen["used"] += 1
+    print(dict(seen))  # shown by -s
+    assert set(seen) == {"refused", "used"}
