@@ -100,6 +100,8 @@ def test_any_names(first: str, second: str) -> None:
     """The same for whatever there is."""
     check_safe(first)
     assert (safe_name(first) == safe_name(second)) == (first == second)
+
+
 OLD = Path(__file__).parent / "old_files" / "finished.ckpt"
 
 

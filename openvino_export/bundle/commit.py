@@ -37,11 +37,10 @@ def refuse_links(folder: Path) -> None:
 
 def _not_changed(folder: Path, error: OSError) -> BundleError:
     """What to say when the disk refuses a change of a bundle, which is as it was."""
+    msg = f"The bundle {folder} cannot be changed: {error}. Copy it to a folder that you may write to."
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        remedy = "The disk is full, or your share of it: make room, then do it again."
-    else:
-        remedy = "Copy it to a folder that you may write to."
-    return BundleError(f"The bundle {folder} cannot be changed: {error}. {remedy}")
+        msg = f"The bundle {folder} cannot be changed: {error}. The disk is full, or your share of it: make room."
+    return BundleError(msg)
 
 
 @contextmanager
