@@ -29,8 +29,9 @@ def is_count(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number that float32 can hold; NaN is none."""
-    return isinstance(value, (int, float)) and not is_flag(value) and abs(value) < 3.4e38
+    """Whether it is a number that float32 can hold, a whole one also int64; NaN is none."""
+    largest = 3.4e38 if isinstance(value, float) else 2**53
+    return isinstance(value, (int, float)) and not is_flag(value) and abs(value) < largest
 
 
 def is_list(value: object, of: Callable[[Any], bool], length: int | None = None) -> bool:

@@ -141,6 +141,8 @@ def _problem(metadata: dict[str, Any], checksum: str) -> str:
         required += ("variant_capacity", *(_DECISIVE_OF_A_BANK if is_checked else ()))
     if missing := [key for key in required if key not in metadata]:
         return f"lacks {', '.join(missing)}"
+    if metadata.get("score") == "rate" and not metadata.get("variant_thresholds", True):
+        return "has scores by rate, but no thresholds by variant, which they need"
     return ""
 
 

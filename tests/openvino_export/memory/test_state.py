@@ -260,6 +260,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "by hand": (lambda plain: plain["variants"][1].update(by_hand=[-1.0, None]), "b: by_hand is"),
     "by hand, NaN": (lambda plain: plain["variants"][1].update(by_hand=[np.nan, None]), "b: by_hand is"),
     "by hand, one": (lambda plain: plain["variants"][1].update(by_hand=[1.0]), "b: by_hand is"),
+    "by hand, huge": (lambda plain: plain["variants"][1].update(by_hand=[2**64, None]), "b: by_hand is"),
     "former": (lambda plain: plain["variants"][0].update(former=[1.0, 1.0]), "a: former is"),
     "former, negative": (lambda plain: plain["variants"][0].update(former=[1.0, 1.0, -1.0]), "a: former is"),
     "stream": (lambda plain: plain["streams"][1].update(name=""), ": name is '', not a name"),
@@ -293,12 +294,17 @@ def test_load_refuses_contradictions(name: str) -> None:
         ("defect_reaches", "defect_reaches are not above 0"),
         ("stream_1_radii", "stream_1_radii holds negative"),
         ("stream_1_stand_ins", "stream_1_stand_ins holds negative"),
+        ("origins", "origins of a are no numbers of its images"),
+        ("calibration_origins", "calibration_origins of a are no numbers of its images"),
+        ("vectors", "vectors holds values that are too large or not finite"),
     ],
 )
 def test_load_refuses_what_is_out_of_order(key: str, message: str) -> None:
     """Radii and gains that rise, and distances below 0."""
     arrays, plain = saved()
-    arrays[key][3] = 1e9 if key in {"radii", "gains"} else -1
+    arrays[key][3] = {"radii": 1e9, "gains": 1e9, "vectors": 1e16, "origins": 99, "calibration_origins": 99}.get(
+        key, -1
+    )
     with pytest.raises(ValueError, match=f"damaged: .*{message}"):
         state.from_arrays(arrays, plain)
 
@@ -308,3 +314,14 @@ def shift(plain: dict[str, Any], count: int) -> None:
     first, second = plain["variants"]
     first["vectors"] += count
     second["vectors"] -= count
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"), [("origins", "float32"), ("radii", "float64"), ("calibration_labels", "int8")]
+)
+def test_load_refuses_another_type(key: str, kind: str) -> None:
+    """Whose values would mean something else."""
+    arrays, plain = saved()
+    arrays[key] = arrays[key].astype(kind)
+    with pytest.raises(ValueError, match=f"damaged: {key} is of {kind}, not"):
+        state.from_arrays(arrays, plain)
