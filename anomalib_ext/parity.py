@@ -64,7 +64,8 @@ def checkpoint_model(path: Path, name: str) -> Reference:
     except OSError:
         raise
     except Exception as error:  # whatever torch makes of a damaged or foreign file
-        msg = f"{path} cannot be loaded as a checkpoint of {name}: {error}. Give the one that was exported."
+        reason = str(error).rstrip(".")
+        msg = f"{path} cannot be loaded as a checkpoint of {name}: {reason}. Give the one that was exported."
         raise ValueError(msg) from error
 
     def run(image: NDArray[np.float32]) -> dict[str, Any]:

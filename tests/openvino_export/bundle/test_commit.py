@@ -133,6 +133,17 @@ def test_what_cannot_be_deleted_is_named(folder: Path, monkeypatch: pytest.Monke
         save(folder)
 
 
+def test_those_who_share_a_folder_leave_nothing_behind(folder: Path) -> None:
+    """Each may delete what the other has saved."""
+    folder.chmod(0o777)
+    save(folder)
+    assert as_another(folder, "undo") == OLD
+    assert as_another(folder, "save") == NEW
+    bundles.undo(folder)
+    assert as_another(folder, "read") == OLD
+    assert not [path.name for path in folder.iterdir() if path.name.startswith((".previous-", ".next"))]
+
+
 def only_the_owner(folder: Path) -> None:
     """Have all that is in the folder belong to root, who alone may move it."""
     for path in (folder, *folder.iterdir()):
