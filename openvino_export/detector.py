@@ -57,6 +57,10 @@ class Learned:
         return self.report.held_back
 
 
+class OtherModelError(BundleError):
+    """A bundle is of another model than before; a new :class:`EdgeDetector` takes it."""
+
+
 class EdgeDetector(BankEdits):
     """Judges images, and learns new ones, with the bundle that ``Engine.export(model, "openvino")`` has written.
 
@@ -282,6 +286,7 @@ class EdgeDetector(BankEdits):
             Whether there was something new.
 
         Raises:
+            OtherModelError: If it is a bundle of another model now.
             BundleError: If there are images that were learned, but not saved, or the bundle is damaged.
         """
         with self._changing:
@@ -293,12 +298,13 @@ class EdgeDetector(BankEdits):
                     "not saved. Call reload(discard=True), which drops it, then learn it again."
                 )
                 raise BundleError(msg)
-            read = bundles.read(self._bundle.folder, bundles.running_files)
+            # An update moves within milliseconds; one who copies may take minutes, for which nobody is to wait.
+            read = bundles.read(self._bundle.folder, bundles.running_files, patience=2)
             graph = bundles.WHOLE if self._decider is None else bundles.FEATURES
             old, new = ([one.metadata["files"].get(name) for name in graph] for one in (self._bundle, read))
             if old != new or read.contents.keys() != self._bundle.contents.keys():
                 msg = f"The bundle {self._bundle.folder} is of another model now; make a new EdgeDetector of it."
-                raise BundleError(msg)
+                raise OtherModelError(msg)
             if self._decider is not None:
                 self._decider = self._saved = _decider_of(read, self._network.last_dimension)
             self._bundle = read

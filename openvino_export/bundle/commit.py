@@ -66,7 +66,7 @@ def locked(folder: str | Path, timeout: float = 60.0) -> Generator[None, None, N
         raise _not_changed(folder, error) from error
     try:
         deadline = time.monotonic() + timeout
-        while not _try_lock(descriptor):
+        while not try_lock(descriptor):
             if time.monotonic() >= deadline:
                 msg = f"Another process is changing the bundle {folder}. Try again when it has finished."
                 raise TimeoutError(msg)
@@ -89,7 +89,8 @@ def _open_lock(path: Path) -> int:
         return os.open(path, os.O_RDONLY)
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file unless another process has; the operating system releases it when the file is closed."""
     try:
         _lock(descriptor)
     except OSError:

@@ -55,6 +55,7 @@ def running_files(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 def read(
     folder: str | Path,
     names: FileNames = (),
+    patience: float = _PATIENCE,
 ) -> Bundle:
     """Read and verify a bundle, finishing an update that was interrupted.
 
@@ -62,6 +63,7 @@ def read(
         folder: The bundle's folder.
         names: Files whose contents are returned, or a function that gives them for the content of `metadata.json`;
             all files are verified.
+        patience: Seconds for which files that are moving are read again.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -78,7 +80,7 @@ def read(
                 pass  # which finishes it
         except (TimeoutError, BundleError):  # someone is at it, or the folder cannot be written
             pass
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         before = _fingerprint(folder)
         try:

@@ -9,11 +9,12 @@ import os
 import sys
 from typing import Any
 
-from openvino_export.cli.inspect import predict, watch
+from openvino_export.cli.inspect import predict
 from openvino_export.cli.learning import info, learn, set_decision, undo
 from openvino_export.cli.measure import benchmark, parity
 from openvino_export.cli.output import ERROR
 from openvino_export.cli.variants import delete, list_variants, merge, rename
+from openvino_export.cli.watch import watch
 
 COMMANDS: dict[str, Any] = {
     "predict": predict,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,6 +28,12 @@ def print_line(content: dict[str, Any]) -> None:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     print(json.dumps(content), flush=True)
+
+
+def say(text: str) -> None:
+    """Say something beside the lines."""
+    with suppress(OSError):  # the disk is full, and this goes to a file
+        print(text, file=sys.stderr, flush=True)
 
 
 def exit_code(result: Prediction) -> int:
@@ -73,7 +79,7 @@ def write_heat_map(line: dict[str, Any], result: Prediction, image: Path | NDArr
     try:
         write_overlay(result, image, Path(line["overlay"]))
     except (OSError, ValueError) as error:  # the image was taken away, or the disk is full
-        print(f"The heat map {line['overlay']} was not written: {error}.", file=sys.stderr, flush=True)
+        say(f"The heat map {line['overlay']} was not written: {error}.")
 
 
 @contextmanager

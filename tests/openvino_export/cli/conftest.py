@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
 
     def set_it(*events: Callable[[], object] | None) -> Clock:
         clock = Clock(*events)
-        monkeypatch.setattr("openvino_export.cli.inspect.time", clock)
+        monkeypatch.setattr(import_module("openvino_export.cli.watch"), "time", clock)
         return clock
 
     return set_it

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that judge images."""
+"""The command predict."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openvino_export.cli import main
 from openvino_export.decision import Prediction
 
-COMMAND = [sys.executable, "-c", "import sys; from openvino_export.cli import main; sys.exit(main(sys.argv[1:]))"]
 Run = Callable[..., tuple[int, list[dict[str, Any]], str]]
-SetClock = Callable[..., Any]
+COMMAND = [sys.executable, "-c", "import sys; from openvino_export.cli import main; sys.exit(main())"]
 
 
 def test_predict(run: Run, exported: Path, products: Path, tmp_path: Path) -> None:
@@ -37,84 +33,6 @@ def test_predict(run: Run, exported: Path, products: Path, tmp_path: Path) -> No
         overlay, image = (np.asarray(Image.open(line[key]).convert("RGB"), int) for key in ("overlay", "source"))
         assert overlay.shape == image.shape
         assert (np.abs(overlay - image).max() > 50) or not line["pred_label"]
-
-
-def test_watch(run: Run, set_clock: SetClock, bundle: Path, products: Path, tmp_path: Path) -> None:
-    """Each new image is judged once, when it is complete; a broken one is reported; learning is taken up."""
-    folder = tmp_path / "camera"
-    folder.mkdir()
-    shutil.copy(products / "stripes" / "test" / "good" / "000.png", folder / "a.png")
-    (folder / "broken.png").write_text("no image")
-    image = (products / "dots" / "test" / "good" / "000.png").read_bytes()
-
-    def learn() -> None:
-        main(["learn", str(bundle), str(products / "dots" / "train" / "good"), "--variant", "dots"])
-
-    def write(part: bytes) -> None:
-        with (folder / "b.png").open("ab") as file:
-            file.write(part)
-
-    step = len(image) // 8 + 1
-    parts = [image[first : first + step] for first in range(0, len(image), step)]
-    clock = set_clock(None, None, learn, *(partial(write, part) for part in parts))
-    code, lines, _ = run("watch", bundle, folder, "--idle", "0.95", "--interval", "0.1")
-    assert code == 4  # for the broken one
-    assert not clock.events
-    assert clock.now == pytest.approx(0.1 * (3 + len(parts) + 1 + 10))  # ten looks after the one that judges b.png
-    lines = [line for line in lines if "source" in line]
-    assert [Path(line["source"]).name for line in lines] == ["a.png", "broken.png", "b.png"]
-    assert "cannot be read" in lines[1]["error"]
-    assert [line.get("variant") for line in lines] == ["stripes", None, "dots"]
-
-
-def test_watch_is_interrupted(run: Run, set_clock: SetClock, exported: Path, tmp_path: Path) -> None:
-    """Without a time to be idle, it goes on until the user interrupts it, with no traceback."""
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    set_clock(*[None] * 20, interrupt)
-    assert run("watch", exported, tmp_path) == (130, [], "")
-
-
-def test_watch_goes_on_after_a_kill(
-    run: Run, set_clock: SetClock, exported: Path, products: Path, tmp_path: Path
-) -> None:
-    """Images that were judged are not judged again; those that came meanwhile, or have changed, are."""
-    folder, images = tmp_path / "camera", sorted((products / "stripes" / "test").glob("*/*.png"))
-    (folder / "deep").mkdir(parents=True)
-    shutil.copy(images[0], folder / "a.png")
-    arguments = ["watch", exported, folder, "--output", tmp_path / "maps", "--interval", "0.1"]
-    record = tmp_path / "maps" / "predictions.jsonl"
-
-    worker = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True)
-    try:
-        assert worker.stdout is not None
-        first = [json.loads(worker.stdout.readline())]
-        shutil.copy(images[1], folder / "deep" / "a.png")
-        first.append(json.loads(worker.stdout.readline()))
-        deadline = time.monotonic() + 10
-        while record.read_text().count("\n") < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)  # the line is printed before it is written down
-    finally:
-        worker.kill()
-        worker.wait()
-    with record.open("a") as file:
-        file.write('{"source": "cut')  # as by a power failure
-    shutil.copy(images[2], folder / "c.png")
-    shutil.copy(images[-1], folder / "a.png")
-    set_clock()
-    code, second, _ = run(*arguments, "--idle", "1")
-    names = [[str(Path(line["source"]).relative_to(folder)) for line in lines] for lines in (first, second)]
-    assert names == [["a.png", "deep/a.png"], ["a.png", "c.png"]]
-    assert second[0]["pred_label"] is True
-    assert code == 3
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("maps/**/*.png")} == {
-        "maps/a.png",
-        "maps/deep/a.png",
-        "maps/c.png",
-    }
-    assert run(*arguments, "--idle", "0.5")[:2] == (0, [])
 
 
 def test_predict_goes_on_after_a_broken_image(run: Run, bundle: Path, products: Path, tmp_path: Path) -> None:
@@ -161,33 +79,3 @@ def test_no_decision_is_not_good(run: Run, without_bank: Path, products: Path, m
     undecided = Prediction(0.5, None, np.zeros((4, 4), np.float32), None, None)
     monkeypatch.setattr(EdgeDetector, "predict", lambda *_: undecided)
     assert run("predict", without_bank, products / "stripes" / "test" / "good" / "000.png")[0] == 4
-
-
-def test_watch_keeps_a_verdict_whose_heat_map_fails(
-    run: Run, set_clock: SetClock, bundle: Path, products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The image is taken away just then: the verdict is recorded and printed, and it goes on."""
-    from openvino_export.detector import EdgeDetector
-
-    folder, maps = tmp_path / "camera", tmp_path / "maps"
-    folder.mkdir()
-    for name in ("a.png", "b.png"):
-        shutil.copy(products / "stripes" / "test" / "good" / "000.png", folder / name)
-    judge = EdgeDetector.predict
-
-    def take_away(self: EdgeDetector, image: Path) -> Any:  # noqa: ANN401
-        result = judge(self, image)
-        if image.name == "a.png":
-            image.unlink()
-        return result
-
-    monkeypatch.setattr(EdgeDetector, "predict", take_away)
-    set_clock()
-    code, lines, errors = run("watch", bundle, folder, "--output", maps, "--idle", "0.5", "--interval", "0.1")
-    assert code == 0
-    assert [Path(line["source"]).name for line in lines] == ["a.png", "b.png"]
-    recorded = [json.loads(line) for line in (maps / "predictions.jsonl").read_text().splitlines()]
-    assert [line["pred_label"] for line in recorded] == [False, False]
-    assert "a.png was not written" in errors
-    assert (maps / "b.png").is_file()
-    assert not (maps / "a.png").exists()
