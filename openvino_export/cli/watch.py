@@ -192,7 +192,7 @@ class _Watch:
         try:
             result = self._detector.predict(path)
         except (MemoryError, ValueError) as error:
-            read_through(path)
+            _read_through(path)
             line = {"source": str(path), "error": str(error)}
             self._code = UNDECIDED
         else:
@@ -254,7 +254,7 @@ class _Troubles:
                 say(over)
 
 
-def read_through(path: Path) -> None:
+def _read_through(path: Path) -> None:
     """Read a file that could not be judged, to see whether it is to blame.
 
     Raises:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -39,7 +38,7 @@ def names(lines: list[dict[str, Any]]) -> list[str]:
 
 def recorded(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a record, all of which are whole."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert text.endswith("\n")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -81,7 +80,7 @@ def test_images_are_taken_away_before_they_are_judged(
     judge, away = EdgeDetector.predict, folder.with_name("away")
 
     def take_away(self: EdgeDetector, image: Path) -> Any:  # noqa: ANN401
-        if not away.exists():
+        if (folder / "b.png").exists():
             (folder / "deep").rename(away)
             (folder / "b.png").unlink()
         return judge(self, image)
@@ -104,7 +103,7 @@ def test_the_watched_folder_goes_and_returns(
         shutil.copy(products / "stripes" / "test" / "hole" / "000.png", away / "d.png")
         away.rename(folder)
 
-    set_clock(*[None] * 5, lambda: folder.rename(away), *[None] * 5, come_back)
+    set_clock(*[None] * 3, lambda: folder.rename(away), *[None] * 3, come_back)
     code, lines, errors = run("watch", exported, folder, "--idle", "1", "--interval", "0.1")
     assert (code, names(lines)) == (3, ["a.png", "b.png", "c.png", "d.png"])
     assert names(recorded(folder / "predictions.jsonl")) == names(lines)
@@ -116,7 +115,7 @@ def test_the_watched_folder_goes_and_returns(
 def test_the_output_folder_goes_and_returns(
     run: Run, set_clock: SetClock, exported: Path, folder: Path, tmp_path: Path
 ) -> None:
-    """It is not made anew in its place; a verdict waits until it can be recorded; a record that was moved is begun anew."""
+    """It is not made anew in its place: verdicts wait until they can be recorded. A moved record is begun anew."""
     maps, away = tmp_path / "maps", tmp_path / "away"
     new = folder / "deep" / "new.png"
 
@@ -149,7 +148,8 @@ def test_an_image_that_the_system_cannot_read_now(
 ) -> None:
     """It waits: its verdict would be the network's. That is said once."""
     is_broken = True
-    judge, read_through = EdgeDetector.predict, import_module("openvino_export.cli.watch").read_through
+    module = import_module("openvino_export.cli.watch")
+    judge, read_through = EdgeDetector.predict, module._read_through
 
     def predict(self: EdgeDetector, image: Path) -> Any:  # noqa: ANN401
         if is_broken and image.name == "a.png":
@@ -167,7 +167,7 @@ def test_an_image_that_the_system_cannot_read_now(
         is_broken = False
 
     monkeypatch.setattr(EdgeDetector, "predict", predict)
-    monkeypatch.setattr("openvino_export.cli.watch.read_through", read)
+    monkeypatch.setattr(module, "_read_through", read)
     set_clock(*[None] * 6, mend)
     code, lines, errors = run("watch", exported, folder, "--idle", "1", "--interval", "0.1")
     assert (code, names(lines)) == (0, ["b.png", "c.png", "a.png"])
@@ -269,14 +269,14 @@ def test_a_bundle_that_is_copied_over(
 ) -> None:
     """File by file: what was known before judges until all is there, and that is said once."""
     newer = Path(shutil.copytree(bundle, tmp_path / "newer"))
-    main(["learn", str(newer), str(products / "dots" / "train" / "good"), "--variant", "dots"])
+    assert run("learn", newer, products / "dots" / "train" / "good", "--variant", "dots")[0] == 0
     dot = products / "dots" / "test" / "good" / "000.png"
     files = [path for path in sorted(newer.iterdir()) if path.is_file()]
     files.sort(key=lambda path: path.name != "metadata.json")
-    events: list[Callable[[], object]] = []
+    events: list[Any] = []
     for number, path in enumerate(files):
         events += [partial(shutil.copy, path, bundle / path.name), partial(shutil.copy, dot, folder / f"{number}.png")]
-        events += [lambda: None] * 30  # seconds in which it is not read again
+        events += [None] * 30  # seconds in which it is not read again
     events.append(partial(shutil.copy, dot, folder / "last.png"))
     set_clock(*events)
     code, lines, errors = run("watch", bundle, folder, "--idle", "4", "--interval", "0.1")
@@ -298,9 +298,9 @@ def test_a_bundle_of_another_model(
     events = [
         lambda: bundle.rename(tmp_path / "old"),
         lambda: shutil.copy(bad / "000.png", folder / "gone.png"),
-        *[lambda: None] * 5,
+        *[None] * 5,
         lambda: shutil.copytree(without_bank, bundle),
-        *[lambda: None] * 30,
+        *[None] * 30,
         lambda: shutil.copy(bad / "001.png", folder / "other.png"),
     ]
     set_clock(*[None] * 3, *events)
@@ -324,7 +324,7 @@ def test_lines_that_cannot_be_printed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They go to a file on a full disk, for example: all images are judged and recorded."""
-    with Path("/dev/full").open("w") as full:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
         set_clock()
         monkeypatch.setattr("sys.stdout", full)
         assert main(["watch", str(exported), str(folder), "--idle", "0.5"]) == 0
