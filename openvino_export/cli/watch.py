@@ -54,15 +54,7 @@ def watch(
 
 
 class _Watch:
-    """One who watches a folder.
-
-    Args:
-        bundle: As all others, see :func:`watch`.
-        folder: The folder.
-        output: Folder for heat maps.
-        device: Device of OpenVINO.
-        interval: Seconds between two looks.
-    """
+    """One who watches a folder; the arguments are those of :func:`watch`."""
 
     def __init__(self, bundle: str, folder: str, output: str | None, device: str, interval: float) -> None:
         from openvino_export.detector import EdgeDetector
@@ -145,15 +137,17 @@ class _Watch:
         gone, unread = [], None
         for path in ready:
             try:
-                self._judge(path, states[path])
-                is_busy = True
+                line, result = self._judge(path)
             except FileNotFoundError:  # noqa: PERF203
                 gone.append(path)
             except OSError as error:
                 unread = error
+            else:
+                self._tell({**line, "state": states[path]}, path, result)
+                is_busy = True
         if gone:
-            others = f" and {len(gone) - 1} others were" if len(gone) > 1 else " was"
-            say(f"{gone[0]}{others} taken away before being judged.")
+            more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+            say(f"Taken away before being judged: {gone[0]}{more}.")
         with self._troubles.borne("Not all images can be read; they are tried again", "All images can be read again."):
             if unread is not None:
                 raise unread
@@ -179,34 +173,34 @@ class _Watch:
                 states[path] = state
         return states
 
-    def _judge(self, path: Path, state: tuple[int, int]) -> None:
-        """Judge an image; its verdict is recorded before anything else is done with it.
+    def _judge(self, path: Path) -> tuple[dict[str, Any], Any]:
+        """The line about an image, and the verdict unless the image is to blame that there is none.
 
         Raises:
-            OSError: If it is gone, or cannot be read for a reason that is not its own. Nothing was recorded then.
+            OSError: If it is gone, or cannot be read for a reason that is not its own.
         """
-        from openvino_export.cli.overlay import write_overlay
-
-        result = None
-        line: dict[str, Any]
         try:
             result = self._detector.predict(path)
         except (MemoryError, ValueError) as error:
             _read_through(path)
-            line = {"source": str(path), "error": str(error)}
             self._code = UNDECIDED
-        else:
-            self._code = max(self._code, exit_code(result))
-            line = prediction_line(result, str(path.relative_to(self._folder)), self._output)
-            if self._monitor is not None and self._monitor.add(result):
-                line["drift"] = True
-        self._add({**line, "state": state})
-        if "drift" in line and result is not None:
-            text = (
-                f"Good parts of {result.variant} no longer look as learned. See whether light, lens or supplier changed"
-            )
-            say(f"{text}; if they are right, learn some of them.")
-        if "overlay" in line and result is not None:
+            return {"source": str(path), "error": str(error)}, None
+        self._code = max(self._code, exit_code(result))
+        line = prediction_line(result, str(path.relative_to(self._folder)), self._output)
+        if self._monitor is not None and self._monitor.add(result):
+            line["drift"] = True
+        return line, result
+
+    def _tell(self, line: dict[str, Any], path: Path, result: Any) -> None:  # noqa: ANN401  # a Prediction
+        """Record a line, before anything else is done with it; then write the heat map and print the line."""
+        from openvino_export.cli.overlay import write_overlay
+
+        self._add(line)
+        del line["state"]
+        if result is not None and "drift" in line:
+            text = f"Good parts of {result.variant} no longer look as learned."
+            say(f"{text} See whether light, lens or supplier changed; if they are right, learn some of them.")
+        if result is not None and "overlay" in line:
             trouble = f"The heat map {line['overlay']} was not written"
             with self._troubles.borne(trouble, "Heat maps are written again."):
                 write_overlay(result, path, Path(line["overlay"]))

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,6 +159,20 @@ def test_undo(bundle: Path, good: dict[str, list[Path]], visible_files: Read) ->
     with pytest.raises(BundleError, match="bundle stays as it is"):
         bundles.undo(bundle)
     assert visible_files(bundle) == new
+
+
+def test_a_reload_waits_for_no_slow_copy(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While files go on changing, it gives up after seconds; opening the bundle goes on for longer."""
+    detector, seconds = EdgeDetector(bundle), count()
+    (bundle / "metadata.json").write_text("the beginning of another")
+    monkeypatch.setattr(bundles, "_fingerprint", lambda _: object())
+    monkeypatch.setattr(bundles, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    with pytest.raises(BundleError, match="is no JSON"):
+        detector.reload()
+    assert next(seconds) < 10
+    with pytest.raises(BundleError, match="is no JSON"):
+        EdgeDetector(bundle)
+    assert next(seconds) > 30
 
 
 def test_saving_twice(bundle: Path, good: dict[str, list[Path]]) -> None:

@@ -115,3 +115,21 @@ def test_only_one_holds_the_record(run: Run, exported: Path, products: Path, tmp
     recorded = json.loads((folder / "predictions.jsonl").read_text())
     assert {key: value for key, value in recorded.items() if key != "state"} == line
     assert run("watch", exported, folder, "--idle", "0.5") == (0, [], "")
+
+
+def test_it_ends_when_nobody_reads(exported: Path, products: Path, tmp_path: Path) -> None:
+    """The reader of its lines has ended: so does it, and what is not printed was not judged but for one image."""
+    image = products / "stripes" / "test" / "good" / "000.png"
+    for number in range(2):
+        shutil.copy(image, tmp_path / f"{number}.png")
+    worker = subprocess.Popen([*COMMAND, "watch", exported, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert worker.stdout is not None
+    assert worker.stderr is not None
+    worker.stdout.readline()
+    worker.stdout.readline()
+    worker.stdout.close()
+    for number in range(2, 5):
+        shutil.copy(image, tmp_path / f"{number}.png")
+    assert b"Broken pipe" in worker.stderr.read()
+    assert worker.wait(60) != 0
+    assert (tmp_path / "predictions.jsonl").read_bytes().count(b"\n") == 3

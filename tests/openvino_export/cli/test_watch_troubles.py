@@ -90,7 +90,7 @@ def test_images_are_taken_away_before_they_are_judged(
     code, lines, errors = run("watch", exported, folder, "--idle", "1", "--interval", "0.1")
     assert (code, names(lines)) == (0, ["a.png", "c.png"])
     assert names(recorded(folder / "predictions.jsonl")) == ["a.png", "c.png"]
-    assert errors == f"{folder / 'b.png'} and 1 others were taken away before being judged.\n"
+    assert errors == f"Taken away before being judged: {folder / 'b.png'} and 1 more.\n"
 
 
 def test_the_watched_folder_goes_and_returns(
