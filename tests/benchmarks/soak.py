@@ -213,7 +213,7 @@ def main(
     results: Path = Path("results/soak.csv"),
     images: int = 10_000,
     burst_images: int = 1500,
-    seconds: float = 2.0,
+    seconds: float = 4.0,
 ) -> None:
     """Run the benchmark.
 
