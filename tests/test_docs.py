@@ -57,6 +57,7 @@ NOT_RUN = {
 PARSED = {
     "python tests/benchmarks/distillation.py": "needs a teacher's weights from the internet, and minutes",
     "python tests/benchmarks/distillation_cost.py": "likewise",
+    "python tests/benchmarks/soak.py": "a slow test runs its code",
     "python tests/benchmarks/speed.py": "takes minutes, whatever its arguments",
 }
 # Arguments that make the others quick, and free of the internet, by how they begin. The last value of several counts.

@@ -14,8 +14,8 @@ from openvino_export.cli.output import say
 if TYPE_CHECKING:
     from pathlib import Path
 
-# A byte far beyond the end of the file is locked: on Windows, nobody else can read one that is.
-_LOCKED_BYTE = 2**40
+# A byte far beyond the end is locked, as far as every file system allows: on Windows, nobody else can read one that is.
+_LOCKED_BYTE = 2**31 - 2
 
 
 class Record:

@@ -3,13 +3,14 @@
 
     python tests/benchmarks/soak.py --bundle weights/openvino --results results/soak.csv
 
-Three runs, each with a copy of the bundle. `killed`: images come one after another, some are written anew later,
-another process learns and undoes in turn, and `watch` is killed every few seconds. `steady`: the same without a kill.
-`burst`: all images are there at once, and `predict` and `watch` judge them in turn. It fails if an image is missing in
-the record or is there twice in the same state, if a line is damaged or an error, or if `watch` ends by itself.
+Three runs, each with a copy of the bundle. `killed`: images come one after another, some that were judged are written
+anew, another process learns and undoes in turn, and `watch` is killed every few seconds. `steady`: the same without a
+kill. `burst`: all images are there at once, and `predict` and `watch` judge them in turn. It fails if an image is
+missing in the record or is there twice in the same state, if a line is damaged or an error, or if `watch` ends by itself.
 """
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,9 +30,21 @@ from PIL import Image
 from products import write
 
 COMMAND = [sys.executable, "-c", "import sys; from openvino_export.cli import main; sys.exit(main(sys.argv[1:]))"]
-COLUMNS = ("run", "seconds", "images", "recorded", "printed", "starts", "learned", "undone", "mib", "descriptors")
+COLUMNS = (
+    "run",
+    "seconds",
+    "images",
+    "recorded",
+    "printed",
+    "starts",
+    "learned",
+    "undone",
+    "mib",
+    "descriptors",
+    "processor",
+)
 SIDE = 64
-# Each such image is written anew when as many others have come.
+# When so many images have come, one is written anew.
 CHANGES = 50
 
 
@@ -62,14 +75,14 @@ class Soak:
         self._new, self._end, self._start = root / "new", threading.Event(), time.monotonic()
 
     def fill(self) -> None:
-        """Let images come, in folders of a thousand; some change."""
+        """Let images come, in folders of a thousand; now and then the last that was judged is written anew."""
         for number in range(self.images):
             path = self.folder / f"{number // 1000}" / f"{number:06}.png"
             path.parent.mkdir(exist_ok=True)
             put(path, number)
-            if number >= CHANGES and number % CHANGES == 0:
-                earlier = number - CHANGES
-                put(self.folder / f"{earlier // 1000}" / f"{earlier:06}.png", number + 10**7)
+            if number % CHANGES == 0:
+                for source, _ in self.lines()[-1:]:
+                    put(Path(source), 10**7 + number)
             self.put += 1
             time.sleep(0.002)
 
@@ -173,11 +186,13 @@ def _state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def seconds_of(act: Callable[[], object]) -> float:
-    """How long something takes."""
-    start = time.monotonic()
+def times(act: Callable[[], object]) -> dict[str, float]:
+    """Seconds that something takes, and seconds of processor time of the processes that it starts."""
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     act()
-    return time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.monotonic() - start, "processor": processor}
 
 
 def burst(bundle: Path, root: Path, images: int) -> Iterator[dict[str, Any]]:
@@ -197,8 +212,7 @@ def burst(bundle: Path, root: Path, images: int) -> Iterator[dict[str, Any]]:
         worker.wait()
 
     for act in (predict, watch) * 3:
-        seconds = seconds_of(act)
-        yield {"run": f"burst {act.__name__}", "seconds": seconds, "images": images}
+        yield {"run": f"burst {act.__name__}", "images": images, **times(act)}
 
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
