@@ -6,7 +6,8 @@
 Three runs, each with a copy of the bundle. `killed`: images come one after another, some that were judged are written
 anew, another process learns and undoes in turn, and `watch` is killed every few seconds. `steady`: the same without a
 kill. `burst`: all images are there at once, and `predict` and `watch` judge them in turn. It fails if an image is
-missing in the record or is there twice in the same state, if a line is damaged or an error, or if `watch` ends by itself.
+missing in the record or is there twice in the same state, if a line is damaged or an error, or if `watch` ends by
+itself.
 """
 
 import json
