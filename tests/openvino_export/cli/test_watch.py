@@ -104,14 +104,17 @@ def test_only_one_holds_the_record(run: Run, exported: Path, products: Path, tmp
     shutil.copy(products / "stripes" / "test" / "good" / "000.png", folder / "a.png")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     first: subprocess.Popen[str] = subprocess.Popen([*COMMAND, "watch", exported, folder], **pipes)  # type: ignore[call-overload]
-    assert first.stdout is not None
-    line = json.loads(first.stdout.readline())
-    code, lines, errors = run("watch", exported, folder, "--idle", "0.1")
-    assert (code, lines) == (1, [])
-    assert f"Another watch holds the record {folder / 'predictions.jsonl'}" in errors
-    first.send_signal(signal.SIGTERM)
-    assert first.communicate(timeout=60) == ("", "")
-    assert first.returncode == 130
+    try:
+        assert first.stdout is not None
+        line = json.loads(first.stdout.readline())
+        code, lines, errors = run("watch", exported, folder, "--idle", "0.1")
+        assert (code, lines) == (1, [])
+        assert f"Another watch holds the record {folder / 'predictions.jsonl'}" in errors
+        first.send_signal(signal.SIGTERM)
+        assert first.communicate(timeout=60) == ("", "")
+        assert first.returncode == 130
+    finally:
+        first.kill()
     recorded = json.loads((folder / "predictions.jsonl").read_text())
     assert {key: value for key, value in recorded.items() if key != "state"} == line
     assert run("watch", exported, folder, "--idle", "0.5") == (0, [], "")
@@ -123,13 +126,16 @@ def test_it_ends_when_nobody_reads(exported: Path, products: Path, tmp_path: Pat
     for number in range(2):
         shutil.copy(image, tmp_path / f"{number}.png")
     worker = subprocess.Popen([*COMMAND, "watch", exported, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert worker.stdout is not None
-    assert worker.stderr is not None
-    worker.stdout.readline()
-    worker.stdout.readline()
-    worker.stdout.close()
-    for number in range(2, 5):
-        shutil.copy(image, tmp_path / f"{number}.png")
-    assert b"Broken pipe" in worker.stderr.read()
-    assert worker.wait(60) != 0
+    try:
+        assert worker.stdout is not None
+        assert worker.stderr is not None
+        worker.stdout.readline()
+        worker.stdout.readline()
+        worker.stdout.close()
+        for number in range(2, 5):
+            shutil.copy(image, tmp_path / f"{number}.png")
+        assert b"Broken pipe" in worker.stderr.read()
+        assert worker.wait(60) != 0
+    finally:
+        worker.kill()
     assert (tmp_path / "predictions.jsonl").read_bytes().count(b"\n") == 3
