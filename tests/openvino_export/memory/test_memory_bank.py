@@ -32,7 +32,7 @@ from .banks import (
 @pytest.mark.parametrize("size", [0, -3])
 def test_size_must_be_positive(size: int) -> None:
     """At construction."""
-    with pytest.raises(ValueError, match=f"at least 1, got {size}"):
+    with pytest.raises(ValueError, match=f"at least 1 and below .*, got {size}"):
         MemoryBank(size)
 
 
