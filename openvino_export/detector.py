@@ -101,6 +101,11 @@ class EdgeDetector(BankEdits):
         self._decider = self._saved = _decider_of(read, self._network.last_dimension) if BANK in read.contents else None
         self._changing = threading.RLock()
 
+    @property
+    def bank(self) -> MemoryBank:
+        """What is known now. It never changes: learning puts another one in its place."""
+        return self._known().bank
+
     def drift_monitor(self) -> DriftMonitor | None:
         """A monitor of what is known now; None without a memory bank, or for scores of a former version."""
         if self._decider is None or self._bundle.metadata.get("score") != "rate":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .memory.thresholds import thresholds
+from .memory.thresholds import SURE_IMAGES, thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +30,7 @@ def about(metadata: Mapping[str, Any], bank: MemoryBank | None) -> dict[str, Any
         **known,
         "memory_size": bank.size,
         "false_alarm_rate": bank.false_alarm_rate,
+        "sure_images": SURE_IMAGES,
         "vectors": len(bank),
         "radius_bound": bank.radius_bound(),
         "bytes": bank.nbytes(),

@@ -13,6 +13,7 @@ from openvino_export.cli.inspect import predict
 from openvino_export.cli.learning import info, learn, set_decision, undo
 from openvino_export.cli.measure import benchmark, parity
 from openvino_export.cli.output import ERROR
+from openvino_export.cli.serve import serve
 from openvino_export.cli.variants import delete, list_variants, merge, rename
 from openvino_export.cli.watch import watch
 
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Any] = {
     "benchmark": benchmark,
     "parity": parity,
     "watch": watch,
+    "serve": serve,
     "undo": undo,
     "variants": {
         "_help": "List, rename, merge or delete the product variants of a bundle.",

@@ -72,24 +72,13 @@ def heat_map_name(name: str) -> str:
 def write_overlay(result: Prediction, image: Path | NDArray[Any], target: Path) -> None:
     """Write an image with its anomaly map laid over it, and the borders of the mask in white.
 
-    Large images are reduced by a whole number: what the map shows is coarser anyway.
-
     Args:
         result: What was said about the image.
         image: Path or RGB pixels of 8 bits.
         target: File to write.
     """
-    picture = load_picture(image) if isinstance(image, Path) else Image.fromarray(image)
-    picture = picture.reduce(math.ceil(math.sqrt(picture.width * picture.height / LARGEST_HEAT_MAP))).convert("RGB")
-    values = result.anomaly_map
-    if result.pred_mask is None:  # without thresholds, in the range of the image
-        values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
-    levels = np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
-    colors, shares = _palette()
-    # Colors and borders at the size of the map, which is small; only the blending is at the size of the image.
-    heat = Image.fromarray(colors[levels]).resize(picture.size, Image.Resampling.BILINEAR)
-    share = Image.fromarray(shares[levels]).resize(picture.size, Image.Resampling.BILINEAR)
-    picture.paste(heat, (0, 0), share)
+    picture = reduced(load_picture(image) if isinstance(image, Path) else Image.fromarray(image))
+    lay_over(picture, levels_of(result))
     if result.pred_mask is not None:
         mask = Image.fromarray(result.pred_mask.astype(np.uint8) * 255)
         border = np.asarray(mask.filter(ImageFilter.MaxFilter(3))) != np.asarray(mask)
@@ -97,6 +86,36 @@ def write_overlay(result: Prediction, image: Path | NDArray[Any], target: Path) 
         picture.paste((255, 255, 255), (0, 0), outline)
     target.parent.mkdir(parents=True, exist_ok=True)
     picture.save(target, compress_level=1, compress_type=3)  # runs only: photographs hold no long repetitions
+
+
+def reduced(picture: Image.Image) -> Image.Image:
+    """A picture in RGB, reduced by a whole number if it is large: what a map shows is coarser anyway."""
+    return picture.reduce(math.ceil(math.sqrt(picture.width * picture.height / LARGEST_HEAT_MAP))).convert("RGB")
+
+
+def levels_of(result: Prediction) -> NDArray[np.uint8]:
+    """Anomaly map in 256 levels, shape `(H, W)`; without thresholds in the range of the image."""
+    values = result.anomaly_map
+    if result.pred_mask is None:
+        values = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
+    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
+
+
+def heat_map(levels: NDArray[np.uint8]) -> Image.Image:
+    """Colors of an anomaly map in 256 levels, shape `(H, W)`; what is low is transparent."""
+    colors, shares = _palette()
+    picture = Image.fromarray(colors[levels])
+    picture.putalpha(Image.fromarray(shares[levels]))
+    return picture
+
+
+def lay_over(picture: Image.Image, levels: NDArray[np.uint8]) -> None:
+    """Lay the colors of an anomaly map over a picture in RGB."""
+    # Colors at the size of the map, which is small; only the blending is at the size of the image.
+    heat = heat_map(levels)
+    colors, share = heat.convert("RGB"), heat.getchannel("A")
+    size = picture.size
+    picture.paste(colors.resize(size, Image.Resampling.BILINEAR), (0, 0), share.resize(size, Image.Resampling.BILINEAR))
 
 
 @cache
