@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openvino_export.cli.sources import named_images
-from openvino_export.images import files_in
+from openvino_export.images import SUFFIXES, files_in
 
 from .station import PausedError
 
@@ -39,12 +39,16 @@ class Feeder:
 
     Raises:
         FileNotFoundError: If there is no such source.
+        ValueError: If it is a single image.
     """
 
     def __init__(self, station: Station, source: str, interval: float = 0.2) -> None:
         if source != BASLER and not source.isdigit() and not Path(source).exists():
             msg = f"There is no folder, video or camera {source}."
             raise FileNotFoundError(msg)
+        if Path(source).is_file() and Path(source).suffix.lower() in SUFFIXES:
+            msg = f"{source} is a single image; give the folder into which images come."
+            raise ValueError(msg)
         self._station, self._source, self._interval = station, source, interval
         self._end = threading.Event()
         self._is_folder = Path(source).is_dir()
@@ -73,9 +77,15 @@ class Feeder:
                     return
 
     def _states(self) -> dict[Path, tuple[int, int]]:
-        """Size and time of change of each image of the folder."""
+        """Size and time of change of each image of the folder.
+
+        Raises:
+            FileNotFoundError: If the folder is gone.
+        """
         states = {}
-        for path in files_in(Path(self._source)):
+        folder = Path(self._source)
+        folder.stat()
+        for path in files_in(folder):
             try:
                 status = path.stat()
             except FileNotFoundError:  # taken away again
@@ -84,10 +94,15 @@ class Feeder:
         return states
 
     def _look(self) -> None:
-        """Judge the images that are new or changed, and as they were at the last look."""
+        """Judge the images that are new or changed, and as they were at the last look.
+
+        Raises:
+            OSError: If one could not be read; it stays new, and the others were judged.
+        """
         now = self._states()
         fresh = [path for path, state in now.items() if self._seen.get(path) != state]
         self._end.wait(self._interval)
+        failed = None
         for path in fresh:
             try:
                 status = path.stat()
@@ -96,7 +111,11 @@ class Feeder:
                     self._seen[path] = now[path]
             except FileNotFoundError:  # noqa: PERF203
                 continue
+            except OSError as error:
+                failed = error
         self._seen = {path: state for path, state in self._seen.items() if path in now}
+        if failed is not None:
+            raise failed
 
     def _take_frames(self) -> None:
         frames = _basler_frames() if self._source == BASLER else named_images(self._source, None)[0]
@@ -122,7 +141,7 @@ def _basler_frames() -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """Frames of the first camera that pylon finds, the newest each time.
 
     Raises:
-        ValueError: If pypylon is missing, or there is no camera.
+        ValueError: If pypylon is missing, or the camera fails or is not there.
     """
     try:
         from pypylon import genicam, pylon
@@ -130,19 +149,20 @@ def _basler_frames() -> Iterator[tuple[str, NDArray[np.uint8]]]:
         msg = "Cameras by Basler are read with pypylon: pip install 'anomalib-ext[basler]'"
         raise ValueError(msg) from error
     try:
-        camera = pylon.InstantCamera(pylon.TlFactory.GetInstance().CreateFirstDevice())
+        yield from _grabbed(pylon)
     except genicam.GenericException as error:
-        msg = f"pylon finds no camera: {error}"
+        msg = f"The camera fails: {error}"
         raise ValueError(msg) from error
+
+
+def _grabbed(pylon: Any) -> Iterator[tuple[str, NDArray[np.uint8]]]:  # noqa: ANN401
     converter = pylon.ImageFormatConverter()
     converter.OutputPixelFormat = pylon.PixelType_RGB8packed
-    camera.StartGrabbing(pylon.GrabStrategy_LatestImageOnly)
-    try:
+    with pylon.InstantCamera(pylon.TlFactory.GetInstance().CreateFirstDevice()) as camera:
+        camera.StartGrabbing(pylon.GrabStrategy_LatestImageOnly)
         number = 0
         while camera.IsGrabbing():
             with camera.RetrieveResult(5000, pylon.TimeoutHandling_ThrowException) as result:
                 if result.GrabSucceeded():
                     yield f"frame_{number:06}", converter.Convert(result).GetArray()
                     number += 1
-    finally:
-        camera.Close()
