@@ -3,7 +3,16 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from openvino_export.cli.output import GOOD
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 
 def serve(
@@ -18,29 +27,39 @@ def serve(
     keep: int = 1000,
     largest_upload: int = 64,
     queue: int = 16,
+    mqtt: str | None = None,
+    mqtt_authority: str | None = None,
+    mqtt_commands: bool = False,
+    opcua: str | None = None,
+    opcua_methods: bool = False,
     device: str = "CPU",
 ) -> int:
     """Judge parts over HTTP, show them to the operator, and be taught, until it is interrupted.
 
-    The operator's page is at http://localhost:8085, the interface at /docs. Needs the extra serve.
+    The operator's page is at http://localhost:8085, the interface at /docs. Needs the extra serve, and those of the
+    options that are used: mqtt, opcua, basler.
 
     Args:
         bundle: Folder that the export to openvino has written.
-        source: Folder, video file, or number of a camera whose images are judged; without it, parts come by request.
+        source: What is judged by itself: a folder, a video file, the number of a camera, or basler for the first camera
+            that pylon finds. Without it, parts come by request.
         folder: Where the last parts and what was taught are kept; beside the bundle by default.
         host: Address to listen on. One that other PCs reach needs a TOKEN in the file of secrets.
         port: Port to listen on.
-        secrets: File with lines TOKEN=..., OPERATOR_PIN=... and SUPERVISOR_PIN=...; each may be missing.
+        secrets: File with lines TOKEN=..., OPERATOR_PIN=..., SUPERVISOR_PIN=..., MQTT_USER=..., MQTT_PASSWORD=...,
+            OPCUA_USER=... and OPCUA_PASSWORD=...; each may be missing.
         certificate: File of the certificate for https.
         key: File of its private key.
         keep: Number of parts whose images are kept.
         largest_upload: MiB that a request may bring.
         queue: Parts that may wait to be judged; more are refused.
+        mqtt: Broker that is told of each verdict, such as mqtt://host:1883/line1, or mqtts:// for TLS.
+        mqtt_authority: File of certificates that the broker's must be signed by; those of the system by default.
+        mqtt_commands: Whether the station takes commands from the broker.
+        opcua: Address of an OPC UA server, such as opc.tcp://127.0.0.1:4840. One that other PCs reach needs a user.
+        opcua_methods: Whether OPC UA clients may teach.
         device: Device of OpenVINO.
     """
-    import sys
-    from pathlib import Path
-
     from openvino_export.serve.access import Secrets, is_loopback
 
     known = Secrets() if secrets is None else Secrets.from_file(secrets)
@@ -48,23 +67,37 @@ def serve(
     if not only_loopback and known.token is None:
         msg = f"Other PCs reach {host}, so a token is needed: give --secrets a file with a line TOKEN=..."
         raise ValueError(msg)
-    try:
+    with needs("serve"):
         import uvicorn
 
         from openvino_export.serve.app import make_app
-    except ImportError as error:
-        msg = f"serve needs more packages ({error.name} is missing): pip install 'anomalib-ext[serve]'"
-        raise ValueError(msg) from error
+    if mqtt is not None:
+        with needs("mqtt"):
+            from openvino_export.serve.mqtt import MqttLink
+    if opcua is not None:
+        with needs("opcua"):
+            from openvino_export.serve.opcua import OpcUaServer
     from openvino_export.serve.sources import Feeder
     from openvino_export.serve.station import Station
 
     own = Path(bundle).resolve()
-    station = Station(bundle, folder or own.with_name(f"{own.name}_station"), keep, device)
-    app = make_app(station, known, only_loopback=only_loopback, largest_upload=largest_upload << 20, queue=queue)
-    feeder = None if source is None else Feeder(station, source)
-    address = f"http{'s' if certificate else ''}://{host}:{port}"
-    print(f"{bundle} judges at {address}; the interface is at {address}/docs.", file=sys.stderr, flush=True)
-    try:
+    kept = Path(folder or own.with_name(f"{own.name}_station"))
+    with ExitStack() as stack:
+        # So that the rest is closed when a service manager ends it, too.
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: sys.exit(GOOD)))
+        station = Station(bundle, kept, keep, device)
+        stack.callback(station.close)
+        if mqtt is not None:
+            link = MqttLink(station, mqtt, known.mqtt, mqtt_authority, commands=mqtt_commands)
+            stack.callback(link.close)
+        if opcua is not None:
+            server = OpcUaServer(station, opcua, kept / "opcua", known.opcua, methods=opcua_methods)
+            stack.callback(server.close)
+        app = make_app(station, known, only_loopback=only_loopback, largest_upload=largest_upload << 20, queue=queue)
+        if source is not None:
+            stack.callback(Feeder(station, source).close)
+        address = f"http{'s' if certificate else ''}://{host}:{port}"
+        print(f"{bundle} judges at {address}; the interface is at {address}/docs.", file=sys.stderr, flush=True)
         uvicorn.run(
             app,
             host=host,
@@ -74,8 +107,18 @@ def serve(
             log_level="warning",
             timeout_graceful_shutdown=3,
         )
-    finally:
-        if feeder is not None:
-            feeder.close()
-        station.close()
     return GOOD
+
+
+@contextmanager
+def needs(extra: str) -> Generator[None, None, None]:
+    """Name the extra that a missing package comes with.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        msg = f"{extra} needs more packages ({error.name} is missing): pip install 'anomalib-ext[{extra}]'"
+        raise ValueError(msg) from error

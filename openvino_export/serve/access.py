@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Wrong PINs after which, for so many seconds, none is looked at.
 WRONG_PINS, SECONDS_LOCKED = 5, 60.0
 JUDGE, TEACH = "judge", "teach"
-_KEYS = ("TOKEN", "OPERATOR_PIN", "SUPERVISOR_PIN")
+_KEYS = ("TOKEN", "OPERATOR_PIN", "SUPERVISOR_PIN", "MQTT_USER", "MQTT_PASSWORD", "OPCUA_USER", "OPCUA_PASSWORD")
 _SHORTEST_TOKEN = 16
 
 HEADERS = {
@@ -48,17 +48,21 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True)
 class Secrets:
-    """What opens a station: a token for machines, PINs for people; any may be missing.
+    """What opens a station and what it opens others with; any may be missing.
 
     Attributes:
         token: Allows everything.
         operator: PIN of those who have parts judged.
         supervisor: PIN of those who teach.
+        mqtt: User and password with which the station opens a broker.
+        opcua: User and password that open its OPC UA server.
     """
 
     token: str | None = None
     operator: str | None = None
     supervisor: str | None = None
+    mqtt: tuple[str, str] | None = None
+    opcua: tuple[str, str] | None = None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Secrets:
@@ -66,7 +70,7 @@ class Secrets:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If a line is another, or the token short.
+            ValueError: If a line is another, the token short, or a user without a password.
         """
         found = {}
         for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -81,7 +85,13 @@ class Secrets:
         if token is not None and len(token) < _SHORTEST_TOKEN:
             msg = f"{path}: TOKEN must have at least {_SHORTEST_TOKEN} characters; openssl rand -hex 16 makes one."
             raise ValueError(msg)
-        return cls(token, found.get("OPERATOR_PIN"), found.get("SUPERVISOR_PIN"))
+        pairs = []
+        for user, password in (("MQTT_USER", "MQTT_PASSWORD"), ("OPCUA_USER", "OPCUA_PASSWORD")):
+            if (user in found) != (password in found):
+                msg = f"{path}: {user} and {password} go together."
+                raise ValueError(msg)
+            pairs.append((found[user], found[password]) if user in found else None)
+        return cls(token, found.get("OPERATOR_PIN"), found.get("SUPERVISOR_PIN"), *pairs)
 
 
 class Access:

@@ -102,6 +102,11 @@ class Feedback(_Body):
     )
     confirm: bool = Field(default=False, description="Learn it as good though it scores far above its threshold")
 
+    def arguments(self) -> dict[str, Any]:
+        """What it says besides id and verdict, as arguments of :meth:`Station.feedback`."""
+        given = {"variant": self.variant, "regions": self.box}
+        return {"confirm": self.confirm, **{name: value for name, value in given.items() if value is not None}}
+
 
 class Undo(_Body):
     """A teaching to be taken back."""
@@ -212,10 +217,7 @@ def teaching_routes(served: Served) -> APIRouter:
     @routes.post("/feedback")
     async def feedback(said: Feedback, who: Who = "") -> dict[str, Any]:
         """Say that a part is good or defective; the next one like it is judged so."""
-        arguments: dict[str, Any] = {} if said.variant is None else {"variant": said.variant}
-        if said.box is not None:
-            arguments["regions"] = said.box
-        work = partial(station.feedback, said.id, said.verdict, who, confirm=said.confirm, **arguments)
+        work = partial(station.feedback, said.id, said.verdict, who, **said.arguments())
         return _told(*await served.taught(work))
 
     @routes.post("/undo")
@@ -295,7 +297,7 @@ def state_routes(served: Served) -> APIRouter:
 
     @routes.get("/events", dependencies=served.may_judge)
     async def events() -> StreamingResponse:
-        """Server-sent events: verdict, taught, undone, mode and failed."""
+        """Server-sent events: verdict, undecided, taught, undone, mode and failed."""
         return StreamingResponse(_events(station, served.closed), media_type="text/event-stream")
 
     @routes.get("/metrics", dependencies=served.may_judge)

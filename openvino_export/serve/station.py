@@ -133,11 +133,13 @@ class Station:
             self.parts.drop(number)
             with self._lock:
                 self.verdicts["", "undecided"] += 1
-            raise ValueError(str(error).replace(str(path), name)) from error
+            msg = str(error).replace(str(path), name)
+            self._tell("undecided", {"part": part, "time": _now(), "error": msg})
+            raise ValueError(msg) from error
         verdict = {
             "id": number,
             "part": part,
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "time": _now(),
             **_said(result),
             "milliseconds": round(1e3 * (time.perf_counter() - start), 2),
         }
@@ -327,6 +329,10 @@ def _said(result: Prediction) -> dict[str, Any]:
         "variant": result.variant,
         "is_sure": result.is_sure,
     }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _encoded(pixels: NDArray[np.uint8]) -> bytes:
