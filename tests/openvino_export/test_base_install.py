@@ -41,6 +41,9 @@ def test_base_install(bundle: Path, good: dict[str, list[Path]], tested: list[Pa
     for name in ("torch", "anomalib", "lightning"):
         failed = subprocess.run([EDGE, "-c", f"import {name}"], check=False, capture_output=True, **options)
         assert f"No module named '{name}'" in failed.stderr
+    failed = subprocess.run([command, "serve", bundle], check=False, capture_output=True, **options)
+    assert failed.returncode == 1
+    assert "pip install 'anomalib-ext[serve]'" in failed.stderr
 
     stripes = judge("stripes")
     assert edge("learn", bundle, good["dots"][0].parent, "--variant", "dots")[1][0]["learned"] == {"dots": 20}
