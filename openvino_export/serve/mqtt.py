@@ -134,11 +134,11 @@ class MqttLink:
             return
         self._tell(f"connected; {self._lost} messages were lost." if self._lost else "connected.")
         self._lost = 0
+        if self._takes_commands:  # before it is said to be online, so that no command is missed from then on
+            client.subscribe(f"{self._prefix}/command/+", qos=1)
         # Without the queue, which may be full.
         client.publish(f"{self._prefix}/status", "online", retain=True)
         client.publish(f"{self._prefix}/mode", json.dumps(self._station.mode()), retain=True)
-        if self._takes_commands:
-            client.subscribe(f"{self._prefix}/command/+", qos=1)
 
     def _on_connect_fail(self, _: Client, __: Any) -> None:  # noqa: ANN401
         self._tell(f"it cannot be reached, and is tried again: {sys.exc_info()[1]}.")
