@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,10 @@ from openvino_export.cli.output import GOOD
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+# Pixels of the largest picture, unless the environment sets another number: callers may be many, and each picture is
+# held in memory.
+_LARGEST_IMAGE = 64_000_000
 
 
 def serve(
@@ -51,7 +56,8 @@ def serve(
         certificate: File of the certificate for https.
         key: File of its private key.
         keep: Number of parts whose images are kept.
-        largest_upload: MiB that a request may bring.
+        largest_upload: MiB that a request may bring. Pictures have at most 64 megapixels, or as many as the environment
+            variable ANOMALIB_EXT_LARGEST_IMAGE says.
         queue: Parts that may wait to be judged; more are refused.
         mqtt: Broker that is told of each verdict, such as mqtt://host:1883/line1, or mqtts:// for TLS.
         mqtt_authority: File of certificates that the broker's must be signed by; those of the system by default.
@@ -60,8 +66,10 @@ def serve(
         opcua_methods: Whether OPC UA clients may teach.
         device: Device of OpenVINO.
     """
+    from openvino_export.images import LARGEST_IMAGE_VARIABLE
     from openvino_export.serve.access import Secrets, is_loopback
 
+    os.environ.setdefault(LARGEST_IMAGE_VARIABLE, str(_LARGEST_IMAGE))
     known = Secrets() if secrets is None else Secrets.from_file(secrets)
     only_loopback = is_loopback(host)
     if not only_loopback and known.token is None:

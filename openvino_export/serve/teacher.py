@@ -165,7 +165,11 @@ class Teacher:
                 self._detector.edit_bank(lambda _: before)
             else:
                 self._teach_again([each for each in self.teachings if each is not taken], now)
-            self._detector.save()
+            try:
+                self._detector.save()
+            except BaseException:
+                self._detector.edit_bank(lambda _: now)
+                raise
             self._append({"kind": "undo", "number": self._next_number(), "who": who, "undone": taken.number})
             self.teachings.remove(taken)
             self._before_last = None
