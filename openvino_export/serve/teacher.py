@@ -2,9 +2,9 @@
 """Teaching at the line: each one is saved in the bundle, written down, and can be taken back for itself.
 
 The log `teachings.jsonl` names every teaching: who, when, what, and the images, which are kept beside it. Learning is
-repeatable, so the bank is what `base.safetensors` held and what was taught since. To take one teaching back, the others
-are taught again from there. A bundle that another program has changed is a new base: what was taught before stays
-learned, but can no longer be taken back one by one.
+repeatable, so the bank is what the file of its base holds and what was taught since. To take one teaching back, the
+others are taught again from there. A bundle that another program has changed is a new base: what was taught before
+stays learned, but can no longer be taken back one by one. So do the oldest teachings, when there are many.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from openvino_export.memory.report import Report
 
 LEARN = "learn"
+# Teachings that can be taken back after a start.
+KEPT_TEACHINGS = 500
 # What can be taught, as methods of EdgeDetector.
 KINDS = (LEARN, "set_decision", "rename_variant", "merge_variants", "delete_variant")
 
@@ -76,7 +78,7 @@ class Teacher:
         self._detector = EdgeDetector(bundle, device)
         self._bundle, self._folder = bundle, folder
         self._lock = threading.Lock()
-        self._log, self._base = folder / "teachings.jsonl", folder / "base.safetensors"
+        self._log, self._base = folder / "teachings.jsonl", 0
         self.teachings: list[Teaching] = []
         self._number = 0
         self._before_last: MemoryBank | None = None
@@ -177,7 +179,7 @@ class Teacher:
 
     def _teach_again(self, teachings: Sequence[Teaching], now: MemoryBank) -> None:
         """Bring the base and some teachings into the bank, or leave it as it is."""
-        base = state.from_bytes(self._base.read_bytes())
+        base = state.from_bytes(self._base_file(self._base).read_bytes())
         self._detector.edit_bank(lambda _: base)
         number = 0
         try:
@@ -233,29 +235,52 @@ class Teacher:
     def _catch_up(self) -> None:
         """Take up what another program has saved; that is a new base."""
         if self._detector.reload(discard=True):
-            self._new_base()
+            self._new_base(self._detector.bank, self._number)
 
-    def _new_base(self) -> None:
-        """What is known now can no longer be taken back one by one."""
-        temporary = self._base.with_suffix(".new")
-        temporary.write_bytes(state.to_bytes(self._detector.bank))
-        temporary.replace(self._base)
-        shutil.rmtree(self._folder / "taught", ignore_errors=True)
-        self.teachings, self._before_last = [], None
-        self._append({"kind": "base", "number": self._next_number(), "who": ""})
+    def _new_base(self, bank: MemoryBank, up_to: int) -> None:
+        """What was taught up to a number can no longer be taken back one by one: a bank holds it."""
+        number = self._next_number()
+        with self._base_file(number).open("wb") as file:
+            file.write(state.to_bytes(bank))
+            file.flush()
+            os.fsync(file.fileno())
+        self._append({"kind": "base", "number": number, "who": "", "up_to": up_to})
+        for path in self._folder.glob("base-*.safetensors"):
+            if path != self._base_file(number):
+                path.unlink()
+        for path in (self._folder / "taught").glob("*"):
+            if int(path.name) <= up_to:
+                shutil.rmtree(path)
+        self._base, self._before_last = number, None
+        self.teachings = [each for each in self.teachings if each.number > up_to]
+
+    def _base_file(self, number: int) -> Path:
+        return self._folder / f"base-{number:06}.safetensors"
+
+    def _fold(self) -> None:
+        """Have the base hold the oldest teachings, if there are many."""
+        oldest, now = self.teachings[:-KEPT_TEACHINGS], self._detector.bank
+        if oldest:
+            self._teach_again(oldest, now)
+            base = self._detector.bank
+            self._detector.edit_bank(lambda _: now)
+            self._new_base(base, oldest[-1].number)
 
     def _read(self) -> None:
         """Go on where the log ends, if the bundle is as it was then."""
         lines = self._lines()
         self._number = max((line["number"] for line in lines), default=0)
-        start = max((i for i, line in enumerate(lines) if line["kind"] == "base"), default=None)
-        if start is None or lines[-1]["version"] != current_version(self._bundle) or not self._base.is_file():
-            self._new_base()
+        base = next((line for line in reversed(lines) if line["kind"] == "base"), None)
+        is_as_it_was = base is not None and lines[-1]["version"] == current_version(self._bundle)
+        if base is None or not is_as_it_was or not self._base_file(base["number"]).is_file():
+            self._new_base(self._detector.bank, self._number)
             return
-        undone = {line["undone"] for line in lines[start:] if line["kind"] == "undo"}
-        for line in lines[start:]:
-            if line["kind"] in KINDS and line["number"] not in undone:
+        self._base = base["number"]
+        undone = {line["undone"] for line in lines if line["kind"] == "undo"}
+        for line in lines:
+            if line["kind"] in KINDS and line["number"] > base["up_to"] and line["number"] not in undone:
                 self.teachings.append(Teaching(**{key: line[key] for key in Teaching.__dataclass_fields__}))
+        self._fold()
 
     def _lines(self) -> list[dict[str, Any]]:
         """The log, without a line that a power failure has cut."""

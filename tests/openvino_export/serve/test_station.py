@@ -181,6 +181,24 @@ def test_any_teaching_can_be_taken_back(station: Station, products: Path, bundle
         again.undo("Bob")
 
 
+def test_many_teachings(station: Station, products: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a start the last ones can be taken back, the others stay learned and their images go."""
+    monkeypatch.setattr("openvino_export.serve.teacher.KEPT_TEACHINGS", 2)
+    for path in sorted((products / "dots" / "train" / "good").iterdir())[:4]:
+        station.learn([path], "Ann", variant="dots", force=True)
+    station.change("rename_variant", "Ann", variant="dots", new="spots")
+    folder = station.parts.folder.parent
+    numbers = [each.number for each in station.teacher.teachings]
+    again = Teacher(bundle, folder)
+    assert [each.number for each in again.teachings] == numbers[-2:]
+    assert [int(path.name) for path in (folder / "taught").iterdir()] == numbers[3:4]
+    assert len(list(folder.glob("base-*.safetensors"))) == 1
+    again.undo("Bob", numbers[4])
+    again.undo("Bob", numbers[3])
+    assert EdgeDetector(bundle).info()["variants"]["dots"]["images"] == 3
+    assert not Teacher(bundle, folder).teachings
+
+
 def test_another_program_teaches_too(station: Station, products: Path, bundle: Path) -> None:
     """Both are known; what was taught before can then not be taken back one by one."""
     dots, checks = (sorted((products / name / "train" / "good").iterdir()) for name in ("dots", "checks"))
