@@ -84,8 +84,9 @@ class Feeder:
         """
         states = {}
         folder = Path(self._source)
-        folder.stat()
-        for path in files_in(folder):
+        paths = files_in(folder)
+        folder.stat()  # after it: a folder that goes meanwhile seems to be empty
+        for path in paths:
             try:
                 status = path.stat()
             except FileNotFoundError:  # taken away again

@@ -81,6 +81,7 @@ def test_memory_banks(
     assert torch.equal(predicted(loaded, make_engine(precision=precision), data), values)
 
 
+@pytest.mark.slow
 def test_rd_akf(make_engine: Make, make_data: Make, product_images: torch.Tensor) -> None:
     """It learns in bfloat16, and judges the same from a checkpoint."""
     data = make_data("stripes")
@@ -91,7 +92,8 @@ def test_rd_akf(make_engine: Make, make_data: Make, product_images: torch.Tensor
     assert torch.equal(predicted(loaded, make_engine(precision="bf16-true"), data), values)
 
 
-@pytest.mark.parametrize("kind", [ContinualPatchCore, pytest.param(SaCfaPatchCore, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [ContinualPatchCore, SaCfaPatchCore])
 def test_export(
     kind: type,
     make_engine: Make,

@@ -116,6 +116,7 @@ def test_station(plc: Plc, station: Station, products: Path) -> None:
     plc.wait("LearningAs", "lid")
 
 
+@pytest.mark.slow
 def test_other_pcs(station: Station, tmp_path: Path) -> None:
     """They need user and password, which are only taken encrypted; the key is the owner's alone."""
     url = free_url("0.0.0.0")  # noqa: S104
@@ -144,6 +145,7 @@ def test_other_pcs(station: Station, tmp_path: Path) -> None:
     server.close()
 
 
+@pytest.mark.slow
 def test_command(serve: Callable[..., Any], products: Path) -> None:
     """The command runs it beside the rest, to look at alone, and ends well when a service manager ends it."""
     url = free_url("localhost")

@@ -91,6 +91,7 @@ def test_a_line(serve: Callable[..., Any], open_page: Callable[..., Any], produc
     assert [line["kind"] for line in log(tmp_path)] == ["base", "learn", "undo"]
 
 
+@pytest.mark.slow
 def test_a_defect(serve: Callable[..., Any], open_page: Callable[..., Any], products: Path, tmp_path: Path) -> None:
     """It is shown with a box, in pixels of the image; a single teaching is taken back in the list."""
     server = serve()
@@ -124,6 +125,7 @@ def test_a_defect(serve: Callable[..., Any], open_page: Callable[..., Any], prod
     assert log(tmp_path)[-1]["undone"] == 2
 
 
+@pytest.mark.slow
 def test_asks_twice(serve: Callable[..., Any], open_page: Callable[..., Any], products: Path, tmp_path: Path) -> None:
     """A part that is far from good is learned as good only once its like was looked at."""
     server = serve()
@@ -234,6 +236,7 @@ def test_roles(serve: Callable[..., Any], open_page: Callable[..., Any], product
     assert page.evaluate("sessionStorage.length") == 0
 
 
+@pytest.mark.slow
 def test_names_are_text(serve: Callable[..., Any], open_page: Callable[..., Any], products: Path) -> None:
     """What people and callers name is never taken for markup."""
     server = serve()
@@ -253,6 +256,7 @@ def test_names_are_text(serve: Callable[..., Any], open_page: Callable[..., Any]
     assert page.title() == "anomalib-edge"
 
 
+@pytest.mark.slow
 def test_comes_back(serve: Callable[..., Any], open_page: Callable[..., Any], products: Path, tmp_path: Path) -> None:
     """It says that it is not connected, and goes on by itself, with what it has missed, a drift as well."""
     server = serve()
@@ -276,6 +280,7 @@ def test_comes_back(serve: Callable[..., Any], open_page: Callable[..., Any], pr
     count(page.locator("#thumbs .thumb"), 3)
 
 
+@pytest.mark.slow
 def test_keyboard(serve: Callable[..., Any], open_page: Callable[..., Any], products: Path, tmp_path: Path) -> None:
     """All that is done often has a key, and the focus stays where it was."""
     server = serve()
@@ -312,6 +317,7 @@ def test_keyboard(serve: Callable[..., Any], open_page: Callable[..., Any], prod
     assert [line["kind"] for line in log(tmp_path)] == ["base", "learn"]
 
 
+@pytest.mark.slow
 def test_what_has_just_come(serve: Callable[..., Any], open_page: Callable[..., Any], products: Path) -> None:
     """A press right after the part has changed teaches nothing; it holds the part, and asks for another press."""
     server = serve()
@@ -331,6 +337,7 @@ def test_what_has_just_come(serve: Callable[..., Any], open_page: Callable[..., 
     assert len(httpx.get(f"{server.url}/teachings").json()) == 1
 
 
+@pytest.mark.slow
 def test_fits(serve: Callable[..., Any], open_page: Callable[..., Any], products: Path) -> None:
     """On a desk and a phone nothing scrolls sideways, gloves hit all, and nothing moves when pictures come."""
     server = serve()

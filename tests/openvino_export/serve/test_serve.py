@@ -79,6 +79,7 @@ def test_requests_that_are_none(body: bytes) -> None:
         read_request(body, None)
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing_that_was_taught(serve: Serve, bundle: Path, products: Path) -> None:
     """After each answer the process is killed: what was answered is known, and parts are still there."""
     server = serve()
