@@ -151,7 +151,7 @@ def test_a_failed_export_leaves_the_old_bundle(
             raise OSError(errno.ENOSPC, "no space")
 
         patch.setattr(os, "fsync", full)
-        with pytest.raises(bundles.BundleError, match="no space.*The disk is full"):
+        with pytest.raises(bundles.BundleError, match=r"no space.*The disk is full"):
             small_two.to_openvino(tmp_path, compression_type=CompressionType.FP16)
     assert files() == before
     assert not {".staging", ".next"} & {path.name for path in folder.iterdir()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
