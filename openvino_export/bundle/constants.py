@@ -60,8 +60,8 @@ def bank_tables(bank: MemoryBank, dimension: int, capacity: int) -> dict[str, ND
 
     Returns:
         `vectors`, shape `(size, d)`, in the bank's precision; `squares`, their squared lengths in float32, shape
-        `(size,)`; `owners`, the position of each vector's variant in int64, shape `(size,)`; `positions`, those of all
-        variants, shape `(capacity,)`.
+        `(size,)`; `owners`, the position of each vector's variant in int64, shape `(size,)`, for equal vectors that of
+        the first; `positions`, those of all variants, shape `(capacity,)`.
     """
     vectors = np.zeros((bank.size, dimension), bank.dtype)
     squares = np.full(bank.size, np.inf, np.float32)
@@ -70,7 +70,10 @@ def bank_tables(bank: MemoryBank, dimension: int, capacity: int) -> dict[str, ND
         learned = bank.vectors()
         vectors[:count] = learned
         squares[:count] = np.einsum("ij,ij->i", learned, learned)
-        owners[:count] = bank.owners()
+        # A graph finds any of equal vectors. So it votes as the search of the bank does, which finds the first.
+        first: dict[bytes, int] = {}
+        pairs = zip(learned, bank.owners().tolist(), strict=True)
+        owners[:count] = [first.setdefault(vector.tobytes(), owner) for vector, owner in pairs]
     return {"vectors": vectors, "squares": squares, "owners": owners, "positions": np.arange(capacity)}
 
 

@@ -24,6 +24,8 @@ from anomalib_ext.export import BundleContent, export_bundle
 from anomalib_ext.export.convert import without_telemetry
 from anomalib_ext.models import ContinualPatchCore
 from openvino_export.bundle import folder as bundles
+from openvino_export.bundle import ir
+from openvino_export.bundle.constants import graph_tables
 
 Make = Callable[..., Any]
 
@@ -70,6 +72,23 @@ def test_other_sizes(
         with pytest.raises(ValueError, match="give input_size"):
             small_too.to_openvino(tmp_path / "none")
     assert not (tmp_path / "none" / "weights" / "openvino").exists()
+
+
+@pytest.mark.usefixtures("one_conversion")
+def test_order_of_equals(small_two: ContinualPatchCore, tmp_path: Path) -> None:
+    """A search takes any of equally near vectors, also once the bank has grown. Votes have an order."""
+
+    def is_stable(graph: ov.Model) -> dict[bool, bool]:
+        nodes = [node for node in graph.get_ops() if node.get_type_name() == "TopK"]
+        return {node.get_input_element_type(0).is_real(): node.get_attributes()["stable"] for node in nodes}
+
+    path = small_two.to_openvino(tmp_path)
+    assert is_stable(ov.Core().read_model(path)) == {True: False, False: True}
+    bank = small_two.model.bank.with_size(500)
+    tables = graph_tables(bank, small_two.model.memory_bank.shape[1], capacity=64)
+    files = ir.with_tables(path.read_bytes(), path.with_suffix(".bin").read_bytes(), tables)
+    grown = ov.Core().read_model(files["model.xml"], files["model.bin"])
+    assert is_stable(grown) == {True: False, False: True}
 
 
 @pytest.mark.usefixtures("one_conversion")

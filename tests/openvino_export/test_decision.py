@@ -20,7 +20,7 @@ from torch.func import functional_call
 from anomalib_ext.models.continual_patchcore.graph import Head
 from anomalib_ext.models.continual_patchcore.post_processor import VariantPostProcessor
 from anomalib_ext.models.continual_patchcore.torch_model import ContinualPatchCoreModel
-from openvino_export.bundle.constants import threshold_tables
+from openvino_export.bundle.constants import bank_tables, threshold_tables
 from openvino_export.decision import Decider, Prediction, normalize
 from openvino_export.memory.defects import raised
 from openvino_export.memory.leave_one_out import CALIBRATION_PATCHES
@@ -270,6 +270,16 @@ def test_arrays_and_graph_decide_alike(
         key = num_neighbors, normalization, bank.dtype.name
         if processor is by_variant and thresholding and key in converted and len(bank) > 1:
             assert_same(decided, in_openvino(head, embedding, [*outputs], key), metadata)
+
+
+def test_equal_vectors_vote_for_one_variant() -> None:
+    """For that which has the first of them, whichever a search finds."""
+    bank = bank_of("what two variants share")
+    vectors, owners = bank.vectors(), bank.owners()
+    first = (vectors[:, None] == vectors).all(axis=2).argmax(axis=1)
+    assert (owners[first] != owners).any()
+    tables = bank_tables(bank, DIMENSION, capacity=3)
+    np.testing.assert_array_equal(tables["owners"][: len(bank)], owners[first])
 
 
 def test_defects_of_other_variants_raise_nothing(model: ContinualPatchCoreModel) -> None:

@@ -125,12 +125,15 @@ def nearest_neighbors(
             ranking = torch.addmm(squares, queries, bank.T, alpha=-2)  # one pass over the products
         else:
             ranking = squares - 2 * (queries @ bank.T)
-    if count == 1:
-        index = ranking.min(dim=-1).indices  # `argmin` takes five times as long on a CPU
-        # Taken directly, the distance does not suffer from the difference of large squares.
-        return torch.linalg.vector_norm(queries - bank[index], dim=-1), index
-    index = ranking.topk(count, dim=-1, largest=False).indices
-    return torch.linalg.vector_norm(queries.unsqueeze(-2) - bank[index], dim=-1), index
+    if count == 1 and not torch.compiler.is_compiling():
+        index = ranking.min(dim=-1, keepdim=True).indices  # `argmin` takes five times as long on a CPU
+    else:
+        # In an export OpenVINO would have to find the first of equal minima, which takes several times as long. It may
+        # find any: equal vectors vote for one variant, see `bank_tables`.
+        index = ranking.topk(count, dim=-1, largest=False).indices
+    # Taken directly, the distance does not suffer from the difference of large squares.
+    distances = torch.linalg.vector_norm(queries.unsqueeze(-2) - bank[index], dim=-1)
+    return (distances.squeeze(-1), index.squeeze(-1)) if count == 1 else (distances, index)
 
 
 def image_score(
