@@ -66,8 +66,9 @@ def raised(patches: Array, distances: Array, defects: Defects | None) -> Array:
     nearest = squares.min(axis=1)
     ratios = distances**2 / nearest
     squares /= defects.reaches**2
-    ratios = np.minimum(ratios, 1 / squares.min(axis=1))
-    return np.asarray(distances * np.sqrt(np.clip(ratios, 1, LARGEST_RAISE**2)))
+    # Zero where a reach is infinite.
+    within = np.maximum(squares.min(axis=1), LARGEST_RAISE**-2)
+    return np.asarray(distances * np.sqrt(np.maximum(np.minimum(ratios, 1 / within), 1)))
 
 
 def with_defect(

@@ -70,6 +70,7 @@ def score(bank: MemoryBank, image: Array) -> float:
     return float(raised(patches, bank.search(patches)[0], bank.variants[name(bank)].defects).max())
 
 
+@pytest.mark.filterwarnings("error")
 @REPEATABLE
 @given(seed=st.integers(0, 999), count=st.integers(1, 30), infinite=st.booleans())
 def test_raised_distances(seed: int, count: int, infinite: bool) -> None:
