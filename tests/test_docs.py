@@ -49,7 +49,10 @@ NOT_RUN = {
     "tests/openvino_export/cli/test_variants.py does it",
     "anomalib-edge variants merge weights/openvino cap lid": "likewise",
     "anomalib-edge variants delete weights/openvino cap": "likewise",
-    'uv pip install --python application/backend/.venv ".[train,offline]"': "needs Studio",
+    'uv pip install --python ../anomalib/application/backend/.venv ".[train,offline]"': "needs Studio",
+    'uv pip install --python ../anomalib/application/backend/.venv "nncf<3.3"': "likewise",
+    "HF_HOME=/data/weights ./run.sh": "likewise",
+    "HF_HOME=weights hf download timm/wide_resnet50_2.racm_in1k": "needs the internet",
     "PL_TRAINER_MAX_EPOCHS=1 anomalib benchmark --config configs/benchmark/small/dinomaly.yaml": "Anomalib's model "
     "cannot do without weights from the internet",
 }
@@ -167,8 +170,8 @@ def entry(program: str) -> Callable[[], object]:
 
 @pytest.fixture(scope="module")
 def folder(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with what the pages say that the user has: data, and a checkout."""
-    folder = tmp_path_factory.mktemp("user")
+    """Return a folder with what the pages say that the user has: data, and a checkout, beside that of Anomalib."""
+    folder = tmp_path_factory.mktemp("user") / "anomalib-ext"
     for name in ("configs", "tests/benchmarks"):
         shutil.copytree(ROOT / name, folder / name)
     three = shutil.ignore_patterns("00[3-9].png", "0[12]*.png", "00[3-9]_mask.png")
@@ -189,7 +192,7 @@ def folder(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (folder / "configs/benchmark").rglob("*.yaml"):
         if "benchmark" in yaml.safe_load(path.read_text(encoding="utf-8")):
             smaller_pipeline(path)
-    (folder / "application/backend/src/core").mkdir(parents=True)
+    (folder.parent / "anomalib/application/backend/src/core").mkdir(parents=True)
     (folder / "docs/images").mkdir(parents=True)
     # Two products in place of four.
     quickstart = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text(encoding="utf-8"))
