@@ -5,6 +5,7 @@ python tests/benchmarks/edge.py --root datasets --products bottle pill
 """
 
 import argparse
+import csv
 import resource
 import shutil
 import subprocess
@@ -29,15 +30,20 @@ EdgeDetector(sys.argv[1]).predict(numpy.zeros((256, 256, 3), numpy.uint8))
 """
 
 
-def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median and shortest milliseconds of each function, called in turn, so that a busy PC slows all alike."""
+def timed(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each round of each function, called in turn, so that a busy PC slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 3):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: (float(np.median(values[3:])), min(values[3:])) for name, values in times.items()}
+    return {name: values[3:] for name, values in times.items()}
+
+
+def summed_up(times: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
+    """Median and shortest of each."""
+    return {name: (float(np.median(values)), min(values)) for name, values in times.items()}
 
 
 def export(root: Path, products: Sequence[str], folder: Path, images: int, memory: int) -> None:
@@ -52,7 +58,8 @@ def export(root: Path, products: Sequence[str], folder: Path, images: int, memor
     model = ContinualPatchCore(memory_size=memory, visualizer=False)
     model.partial_fit(sorted((root / products[0] / "train" / "good").iterdir())[:images], products[0])
     Engine(logger=False).export(model.eval(), "openvino", folder / "ours")
-    peer = Patchcore(backbone=model.model.backbone, layers=model.model.layers, pre_trained=True, visualizer=False)
+    peer = Patchcore(backbone=model.model.backbone, layers=model.model.layers, pre_trained=False, visualizer=False)
+    peer.model.feature_extractor.load_state_dict(model.model.feature_extractor.state_dict(), strict=False)
     peer.pre_processor = model.pre_processor
     # How many vectors there are decides its speed, not which: these are repeated, for its own selection is slow.
     patches = 1024 * len(list((root / products[0] / "train" / "good").iterdir()))
@@ -65,8 +72,8 @@ def export(root: Path, products: Sequence[str], folder: Path, images: int, memor
         ov.save_model(ov.convert_model(folder / f"{name}.onnx"), folder / f"{name}.xml", compress_to_fp16=False)
 
 
-def compare_latency(folder: Path, images: list[Path], rounds: int) -> None:
-    """Print the time of each form for an image of 256 pixels."""
+def compare_latency(folder: Path, images: list[Path], rounds: int, results: Path) -> None:
+    """Print the time of each form for an image of 256 pixels, and write that of each round to a file."""
     import openvino as ov
     from PIL import Image
 
@@ -76,9 +83,13 @@ def compare_latency(folder: Path, images: list[Path], rounds: int) -> None:
     tensors = [np.ascontiguousarray(array.transpose(2, 0, 1)[None], np.float32) / 255 for array in arrays]
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
 
-    def compiled(path: Path) -> Callable[[], object]:
+    def compiled(path: Path, stable: bool | None = None) -> Callable[[], object]:
+        """A graph as it is, or with a search that does or does not have to find the first of equally near vectors."""
         model = ov.Core().read_model(path)
         model.reshape([1, 3, 256, 256])
+        for node in model.get_ops():
+            if stable is not None and node.get_type_name() == "TopK" and node.get_input_element_type(0).is_real():
+                node.set_attribute("stable", stable)
         request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
         turn = iter(range(10**9))
         return lambda: request.infer([tensors[next(turn) % len(tensors)]], share_inputs=True)
@@ -90,10 +101,19 @@ def compare_latency(folder: Path, images: list[Path], rounds: int) -> None:
         "backbone alone (features.xml)": compiled(bundle / "features.xml"),
         "EdgeDetector.predict": lambda: detector.predict(arrays[next(turn) % len(arrays)]),
         "whole graph (model.xml)": compiled(bundle / "model.xml"),
+        "whole graph, stable": compiled(bundle / "model.xml", stable=True),
         "Anomalib's export of Patchcore, the same vectors": compiled(folder / "same.xml"),
+        "Anomalib's export of Patchcore, the same vectors, not stable": compiled(folder / "same.xml", stable=False),
         "Anomalib's export of Patchcore, its default share": compiled(folder / "default.xml"),
+        "Anomalib's export of Patchcore, its default share, not stable": compiled(folder / "default.xml", stable=False),
     }
-    found = medians(functions, rounds)
+    times = timed(functions, rounds)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["form", "round", "milliseconds"])
+        writer.writerows((name, i, f"{each:.3f}") for name, values in times.items() for i, each in enumerate(values))
+    found = summed_up(times)
     base = found["backbone alone (features.xml)"]
     print(f"{detector.info()['vectors']} vectors, {len(images)} images")
     for name, files in (
@@ -109,7 +129,7 @@ def compare_latency(folder: Path, images: list[Path], rounds: int) -> None:
     ]
     assert detector._decider is not None
     bank = detector._decider.bank
-    parts = medians({"search": lambda: bank.search(patches[next(turn) % len(patches)])}, rounds)
+    parts = summed_up(timed({"search": lambda: bank.search(patches[next(turn) % len(patches)])}, rounds))
     print(f"of it, search: median {parts['search'][0]:.1f} ms, shortest {parts['search'][1]:.1f} ms")
 
 
@@ -152,7 +172,7 @@ def compare_start(folder: Path, rounds: int) -> None:
         ),
         "EdgeDetector": lambda: subprocess.run([sys.executable, "-c", EDGE, bundle], check=True),
     }
-    for name, (median, shortest) in medians(functions, rounds).items():
+    for name, (median, shortest) in summed_up(timed(functions, rounds)).items():
         print(f"first verdict, {name}: median {median:.0f} ms, shortest {shortest:.0f} ms", flush=True)
 
 
@@ -164,6 +184,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60, help="training images of the first product")
     parser.add_argument("--memory", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--results", type=Path, default=Path("results/latency.csv"), help="times of an image, written")
     parser.add_argument("--folder", type=Path, help="where the exports are kept; made anew if it is not there")
     parser.add_argument("--part", choices=["export", "latency", "learning", "start"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -171,7 +192,7 @@ def main() -> None:
     if args.part == "export":
         export(args.root, args.products, args.folder, args.images, args.memory)
     elif args.part == "latency":
-        compare_latency(args.folder, known[:: max(1, len(known) // 20)], args.rounds)
+        compare_latency(args.folder, known[:: max(1, len(known) // 20)], args.rounds, args.results)
     elif args.part == "learning":
         compare_learning(args.folder, sorted((args.root / args.products[1] / "train" / "good").iterdir())[:16])
     elif args.part == "start":
