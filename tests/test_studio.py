@@ -153,7 +153,7 @@ def in_a_thread(function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN40
 
 @pytest.fixture
 def uploads(products: Path, tmp_path: Path) -> Path:
-    """Return a folder of eight good images, and a good and a bad one beside it."""
+    """Return a folder of eight good images, and a good and a bad one beside it: JPEG files, as frames are packed."""
     for kind, files in {
         "normal": sorted((products / "stripes/train/good").iterdir())[:8],
         "test": [products / "stripes/test/good/000.png", products / "stripes/test/hole/000.png"],
@@ -161,7 +161,7 @@ def uploads(products: Path, tmp_path: Path) -> Path:
         (tmp_path / kind).mkdir()
         for file in files:
             with Image.open(file) as image:
-                image.resize((96, 80)).save(tmp_path / kind / f"{file.parent.name}{file.name}")
+                image.resize((96, 80)).save(tmp_path / kind / f"{file.parent.name}{file.stem}.jpg", quality=95)
     return tmp_path
 
 
@@ -227,8 +227,8 @@ def test_sequence(name: str, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 "good": "Normal",
                 "hole": "Anomalous",
             }
-            # An upload comes with red and blue exchanged, and nothing puts them right.
-            assert judge(exported, (uploads / "test/good000.png").read_bytes())["label"] == "Anomalous"
+        if isinstance(model, ContinualPatchCore):  # an upload has red and blue exchanged, which others may not mind
+            assert judge(exported, (uploads / "test/good000.jpg").read_bytes())["label"] == "Anomalous"
 
 
 @pytest.mark.parametrize("changed", [1, 2])
