@@ -45,8 +45,8 @@ NOT_RUN = {
     ".venv/bin/mypy anomalib_ext openvino_export": "likewise",
     ".venv/bin/sphinx-build --quiet --fail-on-warning docs docs/_build": "likewise",
     "pip install .": "installs into the edge PC's environment; the CI does, and tests there",
-    "OPENBLAS_NUM_THREADS=1 python tests/benchmarks/edge.py --root datasets --rounds 100 --results results/latency.csv": "exports "
-    "and times banks of 10,000 vectors and more, for minutes",
+    "OPENBLAS_NUM_THREADS=1 python tests/benchmarks/edge.py --root datasets --rounds 100 "
+    "--results results/latency.csv": "exports and times banks of 10,000 vectors and more, for minutes",
     "anomalib-edge variants rename weights/openvino new_lid lid": "needs variants of these names; "
     "tests/openvino_export/cli/test_variants.py does it",
     "anomalib-edge variants merge weights/openvino cap lid": "likewise",
