@@ -192,6 +192,7 @@ def test_unknown_names(run: Run, tmp_path: Path) -> None:
         run(tmp_path, learners={"replay": [10]}, drifts={"wheel": ["blur"], "dots": ["rust"]})
 
 
+@pytest.mark.slow
 def test_drift(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten steps of one product, each judged as it is then; what is done is not even embedded again."""
     settings = {"categories": ["dots"], "orders": 0, "mixed": False, "drifts": {"dots": ["blur"]}}

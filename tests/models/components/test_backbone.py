@@ -314,6 +314,7 @@ def test_backbones_without_weights_on_the_hub() -> None:
         load_backbone("legacy_senet154", ["layer1"])
 
 
+@pytest.mark.slow
 def test_environment_variables_are_respected(tmp_path: Path) -> None:
     """``HF_HOME`` and ``HF_HUB_OFFLINE`` are read when huggingface_hub is imported, hence the new process."""
     path = write_cache(tmp_path / "home" / "hub", "timm/test_resnet.r160_in1k", random_state("test_resnet"))

@@ -30,6 +30,7 @@ trainer: {max_epochs: 1, limit_train_batches: 1, accelerator: cpu}
 """
 
 
+@pytest.mark.slow
 def test_training_and_a_perturbed_test(
     products: Path,
     tmp_path: Path,

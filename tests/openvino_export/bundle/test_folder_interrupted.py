@@ -234,6 +234,7 @@ def kill_at_random(rng: np.random.Generator, script: str, *arguments: object) ->
         worker.wait()
 
 
+@pytest.mark.slow
 def test_kills_at_random_points(bundle: Path) -> None:
     """A process that writes and undoes is killed again and again; the bundle is whole each time."""
     rng = np.random.default_rng(0)

@@ -151,6 +151,7 @@ def test_asks_twice(serve: Callable[..., Any], open_page: Callable[..., Any], pr
     assert log(tmp_path)[-1]["arguments"]["force"]
 
 
+@pytest.mark.slow
 def test_new_product(serve: Callable[..., Any], open_page: Callable[..., Any], products: Path, tmp_path: Path) -> None:
     """It is taught from 8 parts that pass, is judged for sure then, and is renamed, decided otherwise and deleted."""
     server = serve()
