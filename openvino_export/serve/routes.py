@@ -44,13 +44,16 @@ class Served:
 
     def __init__(self, station: Station, access: Access, queue: int) -> None:
         self.station, self.access = station, access
-        self.may_judge, self.may_teach = ([Depends(partial(self._check, role))] for role in (JUDGE, TEACH))
+        self.may_judge, self.may_teach = (self._may(role) for role in (JUDGE, TEACH))
         self.closed = asyncio.Event()
         self._judging, self._teaching = ThreadPoolExecutor(_THREADS, "judge"), ThreadPoolExecutor(1, "teach")
         self._most, self._there = queue + _THREADS, 0
 
-    def _check(self, role: str, request: Request) -> None:
-        self.access.check(request.headers, role)
+    def _may(self, role: str) -> list[Any]:
+        async def check(request: Request) -> None:  # noqa: RUF029  # FastAPI would run another on a thread
+            self.access.check(request.headers, role)
+
+        return [Depends(check)]
 
     async def judged(self, work: Callable[[], Any]) -> Any:  # noqa: ANN401
         """Run something on the threads that judge.

@@ -213,18 +213,10 @@ class Station:
     def learn(self, images: Sequence[Path], who: str, **arguments: Any) -> tuple[Teaching | None, Report]:  # noqa: ANN401
         """Teach images.
 
-        Args:
-            images: Files of the images, which are copied.
-            who: Who teaches.
-            arguments: Those of :meth:`EdgeDetector.learn`.
-
-        Returns:
-            The teaching, None if the images were known; and what changed in the bank, which names images that were
-            held back.
+        Arguments, results and errors are those of :meth:`Teacher.learn`, and one error more.
 
         Raises:
             HeldBackError: If nothing was learned since the images look anomalous, so that `force` is needed.
-            ValueError: If an image or an argument cannot be used. Nothing was learned then.
         """
         teaching, report = self.teacher.learn(images, who, **arguments)
         self._take_up(teaching)

@@ -189,8 +189,10 @@ class Teacher:
                     self._detector.learn([self._folder / name for name in teaching.images], **teaching.arguments)
                 else:
                     getattr(self._detector, teaching.kind)(**teaching.arguments)
-        except (OSError, ValueError) as error:
-            self._detector.edit_bank(lambda _: now)
+        except BaseException as error:
+            self._detector.edit_bank(lambda _: now)  # or the next teaching would save a part of what is known
+            if not isinstance(error, (OSError, ValueError)):
+                raise
             msg = f"Teaching {number} rests on it and would fail ({error}). Take that back first."
             raise ValueError(msg) from error
 
@@ -260,11 +262,16 @@ class Teacher:
     def _fold(self) -> None:
         """Have the base hold the oldest teachings, if there are many."""
         oldest, now = self.teachings[:-KEPT_TEACHINGS], self._detector.bank
-        if oldest:
+        if not oldest:
+            return
+        try:
             self._teach_again(oldest, now)
-            base = self._detector.bank
-            self._detector.edit_bank(lambda _: now)
-            self._new_base(base, oldest[-1].number)
+        except ValueError:  # an image is gone, for example; all that is known is the base then
+            self._new_base(now, self._number)
+            return
+        base = self._detector.bank
+        self._detector.edit_bank(lambda _: now)
+        self._new_base(base, oldest[-1].number)
 
     def _read(self) -> None:
         """Go on where the log ends, if the bundle is as it was then."""

@@ -181,6 +181,37 @@ def test_any_teaching_can_be_taken_back(station: Station, products: Path, bundle
         again.undo("Bob")
 
 
+@pytest.mark.parametrize("error", [OSError("gone"), MemoryError("full"), KeyboardInterrupt()])
+def test_an_undo_that_fails_on_its_way(
+    error: BaseException, station: Station, products: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is that fails, all that is known stays, also when more is taught afterwards."""
+    dots = sorted((products / "dots" / "train" / "good").iterdir())
+    first, _ = station.learn(dots[:3], "Ann", variant="dots")
+    station.learn(dots[3:5], "Ann", variant="dots", force=True)
+    assert first is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(EdgeDetector, "learn", lambda *_, **__: (_ for _ in ()).throw(error))
+        with pytest.raises((ValueError, type(error))):
+            station.undo("Bob", first.number)
+    station.learn(dots[5:6], "Ann", variant="dots", force=True)
+    assert EdgeDetector(bundle).info()["variants"]["dots"]["images"] == 6
+
+
+def test_a_teaching_whose_image_is_gone(
+    station: Station, products: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The station starts all the same, and forgets nothing."""
+    monkeypatch.setattr("openvino_export.serve.teacher.KEPT_TEACHINGS", 1)
+    dots = sorted((products / "dots" / "train" / "good").iterdir())
+    for path in dots[:3]:
+        station.learn([path], "Ann", variant="dots", force=True)
+    for gone in (station.parts.folder.parent / "taught").rglob("*.png"):
+        gone.unlink()
+    assert not Teacher(bundle, station.parts.folder.parent).teachings
+    assert EdgeDetector(bundle).info()["variants"]["dots"]["images"] == 3
+
+
 def test_many_teachings(station: Station, products: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a start the last ones can be taken back, the others stay learned and their images go."""
     monkeypatch.setattr("openvino_export.serve.teacher.KEPT_TEACHINGS", 2)
