@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openvino_export.memory import memory_bank
 from openvino_export.memory.memory_bank import MemoryBank
 from openvino_export.memory.names import checked_name
 from openvino_export.memory.update import Update, merged
@@ -106,6 +107,16 @@ def test_images_of_a_former_version() -> None:
     assert update.bank.variant_of_image(hashes("a")[0]) == ""
     assert update.knows(hashes("a")[0], "b")
     assert not update.report.known_as
+
+
+def test_the_last_images_keep_their_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When there are more than are remembered."""
+    monkeypatch.setattr(memory_bank, "REMEMBERED_IMAGES", 4)
+    bank = filled(variants="abc")
+    assert [bank.variant_of_image(value) for name in "abc" for value in hashes(name)] == [
+        *(None, None, None, None, None),
+        *("b", "c", "c", "c"),
+    ]
 
 
 @pytest.mark.parametrize("in_pool", [False, True])

@@ -151,11 +151,13 @@ def test_too_many_parts_wait(station: Station, products: Path, monkeypatch: pyte
             refused = client.post("/predict", content=file_of(products)) if answer.status_code == 400 else None
             if refused is not None and refused.status_code == 429:
                 break
+        unread = client.post("/predict", content=b"")
         go_on.set()
         for thread in threads:
             thread.join()
     assert refused is not None
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+    assert unread.status_code == 429, "before its image is looked at"
     assert answers == [200, 200, 200]
 
 

@@ -224,6 +224,7 @@ def test_many_teachings(station: Station, products: Path, bundle: Path, monkeypa
     assert [each.number for each in again.teachings] == numbers[-2:]
     assert [int(path.name) for path in (folder / "taught").iterdir()] == numbers[3:4]
     assert len(list(folder.glob("base-*.safetensors"))) == 1
+    assert Teacher(bundle, folder).teachings == again.teachings
     again.undo("Bob", numbers[4])
     again.undo("Bob", numbers[3])
     assert EdgeDetector(bundle).info()["variants"]["dots"]["images"] == 3
